@@ -1,0 +1,55 @@
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Written when the environment holds what the lock says; removed with it.
+READY := $(VENV)/.ready
+PYTHON ?= python3.13 python3.12 python3.11 python3 python
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lock clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: $(READY) ## train on generated text; results in runs/demo
+	$(RUN) experiments/sentiment.py --out runs/demo
+
+test: $(READY) ## formatting, lint, types, all tests
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy rlhfjax
+	$(RUN) -m pytest -q
+
+lock: $(READY) ## resolve requirements.lock anew
+	$(RUN) -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	  --fork-strategy fewest --default-index https://pypi.org/simple --extra dev \
+	  --no-emit-package rlhfjax --custom-compile-command "make lock" \
+	  --output-file requirements.lock pyproject.toml
+
+clean: ## remove the environment and all caches, keep runs/
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml requirements.lock | $(RUN)
+	@echo "installing requirements.lock into $(VENV)"
+	$(RUN) -m pip install --quiet -r requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+# A name on the path proves nothing (a version manager's shim may fail, a distribution may leave
+# out ensurepip), so each candidate is tried.
+$(RUN):
+	@for candidate in $(PYTHON); do \
+	  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	      2>/dev/null; then \
+	    echo "creating $(VENV) with $$candidate"; \
+	    exec "$$candidate" -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python 3.11 or newer with venv and ensurepip among: $(PYTHON)." >&2; \
+	echo "Install one (on Debian and Ubuntu also its python3-venv package)," >&2; \
+	echo "or name it: make PYTHON=/path/to/python3 ..." >&2; \
+	exit 1

@@ -1,0 +1,33 @@
+"""RLHF as pure JAX functions: from rollout to update in one compiled program."""
+
+from rlhfjax import (
+    advantages,
+    algorithms,
+    checkpoint,
+    data,
+    kl,
+    log_probs,
+    losses,
+    masked,
+    models,
+    rollout,
+    sampling,
+    types,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "advantages",
+    "algorithms",
+    "checkpoint",
+    "data",
+    "kl",
+    "log_probs",
+    "losses",
+    "masked",
+    "models",
+    "rollout",
+    "sampling",
+    "types",
+]

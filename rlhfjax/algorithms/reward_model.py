@@ -1,0 +1,90 @@
+"""Reward models from human preferences: the Bradley-Terry likelihood of the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rlhfjax import masked
+from rlhfjax.algorithms.train_state import TrainState, apply_gradients, init
+from rlhfjax.losses import reward
+from rlhfjax.models.heads import last_value
+from rlhfjax.types import Params, PreferenceBatch, ScalarModel
+
+__all__ = ["TrainState", "init", "loss", "make_step", "score"]
+
+Metrics = dict[str, Array]
+
+
+def score(model: ScalarModel, params: Params, tokens: Array, attention_mask: Array) -> Array:
+    """The reward of whole sequences, read at their last real token.
+
+    Args:
+        model: the reward model.
+        params: its parameters.
+        tokens: [B, S] int32.
+        attention_mask: [B, S] bool, padded on either side.
+
+    Returns:
+        [B] float32.
+    """
+    return last_value(model.values(params, tokens, attention_mask), attention_mask)
+
+
+def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Array, Metrics]:
+    """-mean over pairs of log σ(score(chosen) - score(rejected)).
+
+    Args:
+        params: the reward model's parameters.
+        model: the reward model.
+        batch: pairs; rows of padding count nowhere.
+
+    Returns:
+        loss, scalar float32, and TRL's metrics: `loss`, `accuracy`, `margin`, `min_reward`,
+        `mean_reward`, `max_reward`.
+
+    References:
+        Bradley and Terry 1952; Stiennon et al. 2020, Learning to Summarize from Human Feedback.
+    """
+    both = jnp.concatenate
+    scores = score(
+        model,
+        params,
+        both([batch.chosen, batch.rejected]),
+        both([batch.chosen_mask, batch.rejected_mask]),
+    )
+    chosen, rejected = jnp.split(scores, 2)
+    pairs = batch.chosen_mask.any(1) & batch.rejected_mask.any(1)
+    value, metrics = reward.pairwise(chosen, rejected, mask=pairs)
+    every = both([pairs, pairs])
+    metrics |= {
+        "loss": value,
+        "min_reward": jnp.where(every, scores, jnp.inf).min(),
+        "mean_reward": masked.mean(scores, every),
+        "max_reward": jnp.where(every, scores, -jnp.inf).max(),
+    }
+    return value, metrics
+
+
+def make_step(
+    model: ScalarModel, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
+    """One compiled update of a reward model.
+
+    Args:
+        model: the reward model.
+        optimizer: any optax optimiser.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`, see `loss`. The state is donated.
+    """
+
+    def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, model, batch)
+        return apply_gradients(state, grads, optimizer), metrics
+
+    return jax.jit(step, donate_argnums=0)

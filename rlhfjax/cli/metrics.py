@@ -1,0 +1,73 @@
+"""Metrics on disk: one JSON object a line."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+RESERVED = ("stage", "step")
+
+
+class MetricsLog:
+    """Appends a line `{"stage": …, "step": …, name: number, …}` for every `write`.
+
+    The file and its folder are made if they are missing; lines of an earlier run are kept, so
+    that a continued run continues its log. A number that is not finite is written as `null`,
+    since JSON has no other way to say it. Each line is on its way to the disk when `write`
+    returns.
+
+        with MetricsLog(out / "metrics.jsonl") as log:
+            log.write("ppo", 0, {"objective/kl": kl})
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(
+        self, stage: str, step: int, metrics: Mapping[str, ArrayLike]
+    ) -> dict[str, str | int | float | None]:
+        """Writes one line.
+
+        Args:
+          stage: which part of the run, such as "sft".
+          step: the step within it.
+          metrics: name → a number: Python, NumPy or jax, of one element.
+
+        Returns:
+          The line as a dictionary, numbers as Python floats, None for those not finite.
+
+        Raises:
+          ValueError: a metric named "stage" or "step", or one of more than one element.
+        """
+        row: dict[str, str | int | float | None] = {"stage": stage, "step": int(step)}
+        for name, value in jax.device_get(dict(metrics)).items():
+            if name in RESERVED:
+                raise ValueError(f"metric {name!r}: the name is taken; choose another")
+            if np.size(value) != 1:
+                raise ValueError(
+                    f"metric {name!r} has shape {np.shape(value)}; reduce it to one number"
+                )
+            number = float(np.asarray(value, dtype=np.float64).item())
+            row[name] = number if math.isfinite(number) else None
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        return row

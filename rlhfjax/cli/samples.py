@@ -1,0 +1,68 @@
+"""Samples before and after training, side by side, for a reader."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+HEADER = "| prompt | before | after | proxy score | gold verdict |\n|---|---|---|---|---|\n"
+MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def write_samples(
+    path: Path,
+    prompts: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+    *,
+    scores_before: ArrayLike,
+    scores_after: ArrayLike,
+    gold_before: ArrayLike,
+    gold_after: ArrayLike,
+) -> None:
+    """Writes a Markdown table, a row a prompt.
+
+    Texts appear as they are: what Markdown would read as markup is escaped, and characters that
+    cannot be seen are written as their code.
+
+    Args:
+      path: the file, replaced if it exists.
+      prompts: N prompts.
+      before: N continuations by the policy before training.
+      after: N continuations of the same prompts after it.
+      scores_before: [N] reward model's scores of `before`.
+      scores_after: [N] of `after`.
+      gold_before: [N] bool, whether the gold judge likes `before`.
+      gold_after: [N] of `after`.
+
+    Raises:
+      ValueError: arguments of unequal lengths.
+    """
+    rows = zip(
+        prompts,
+        before,
+        after,
+        np.asarray(scores_before),
+        np.asarray(scores_after),
+        np.asarray(gold_before),
+        np.asarray(gold_after),
+        strict=True,
+    )
+    lines = [
+        f"| {_cell(prompt)} | {_cell(old)} | {_cell(new)} | {score_old:+.2f} → {score_new:+.2f} "
+        f"| {_verdict(gold_old)} → {_verdict(gold_new)} |\n"
+        for prompt, old, new, score_old, score_new, gold_old, gold_new in rows
+    ]
+    Path(path).write_text("# Samples\n\n" + HEADER + "".join(lines), encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    escaped = MARKUP.sub(r"\\\1", text.strip())
+    return UNPRINTABLE.sub(lambda match: f"\\\\x{ord(match[0]):02x}", escaped)
+
+
+def _verdict(liked: bool) -> str:
+    return "positive" if liked else "negative"

@@ -1,0 +1,108 @@
+"""Sampling responses: prefill, then decoding with a cache inside one compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhfjax import sampling
+from rlhfjax.log_probs import token_log_probs
+from rlhfjax.types import LanguageModel, Params, Rollout
+
+
+def generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Array,
+    prompt_mask: Array,
+    key: Array,
+    *,
+    num_tokens: int,
+    pad_token: int,
+    end_token: int | None = None,
+    temperature: float | Array = 1.0,
+    sampler: Callable[[Array, Array], Array] = sampling.categorical,
+    value_of: Callable[[Array], Array] | None = None,
+) -> Rollout:
+    """Samples a response of at most T tokens to each prompt.
+
+    Token t is `sampler(logits / temperature, u[t])` with one uniform number for each row and
+    token, drawn from the row's own key `fold_in(key, row)`: a row's response does not depend on
+    the rest of the batch. The loop ends when every row has emitted the end token.
+
+    Args:
+        model: the policy.
+        params: its parameters.
+        prompts: [B, P] int32, left-padded.
+        prompt_mask: [B, P] bool, True at real tokens.
+        key: a typed key; consumed.
+        num_tokens: T, static.
+        pad_token: fills responses behind the end token.
+        end_token: the token that ends a response and belongs to it; None: all have T tokens.
+        temperature: the logits are divided by it.
+        sampler: `(logits [B, V], uniform [B]) -> tokens [B]`, such as `sampling.greedy` or
+            `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`.
+        value_of: `(hidden [B, D]) -> [B]`, read from the states that the tokens are sampled from.
+
+    Returns:
+        a `Rollout`; its `log_probs` are those before any filter of the sampler.
+
+    Raises:
+        ValueError: prompt and response are longer than the model's context.
+        AssertionError: shapes or dtypes are off.
+    """
+    chex.assert_rank([prompts, prompt_mask], 2)
+    chex.assert_equal_shape([prompts, prompt_mask])
+    chex.assert_type([prompts, prompt_mask], [int, bool])
+    batch, prompt_length = prompts.shape
+    length = prompt_length + num_tokens
+    if num_tokens < 1 or length > model.context_length:
+        raise ValueError(
+            f"prompts of {prompt_length} tokens leave no room for responses of {num_tokens} in a "
+            f"context of {model.context_length}: shorten either or build the model with a longer "
+            "context_length"
+        )
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    uniforms = jax.vmap(lambda k: jax.random.uniform(k, (num_tokens,)), out_axes=1)(row_keys)
+
+    def sample(columns: dict[str, Array], t: Array | int, hidden: Array, done: Array):
+        logits = model.logits(params, hidden).astype(jnp.float32) / temperature
+        token = sampler(logits, uniforms[t])
+        new = {"token": token, "log_prob": token_log_probs(logits, token)}
+        if value_of is not None:
+            new["value"] = value_of(hidden).astype(jnp.float32)
+        new["token"] = jnp.where(done, pad_token, token).astype(jnp.int32)
+        columns = {name: columns[name].at[t].set(new[name]) for name in new}
+        return columns, done if end_token is None else done | (new["token"] == end_token)
+
+    def not_finished(carry):
+        t, _, done, _ = carry
+        return t < num_tokens if end_token is None else (t < num_tokens) & ~jnp.all(done)
+
+    def advance(carry):
+        t, columns, done, cache = carry
+        hidden, cache = model.decode(params, cache, columns["token"][t - 1])
+        columns, done = sample(columns, t, hidden, done)
+        return t + 1, columns, done, cache
+
+    hidden, cache = model.prefill(params, prompts, prompt_mask, length=length)
+    columns = {"log_prob": jnp.zeros((num_tokens, batch))}
+    if value_of is not None:
+        columns["value"] = jnp.zeros((num_tokens, batch))
+    columns["token"] = jnp.full((num_tokens, batch), pad_token, jnp.int32)
+    columns, done = sample(columns, 0, hidden, jnp.zeros(batch, bool))
+    _, columns, _, _ = jax.lax.while_loop(not_finished, advance, (1, columns, done, cache))
+
+    responses = columns["token"].T
+    mask = sampling.response_mask(responses, end_token=end_token)
+    return Rollout(
+        tokens=jnp.concatenate([prompts.astype(jnp.int32), responses], 1),
+        attention_mask=jnp.concatenate([prompt_mask, mask], 1),
+        response_mask=mask,
+        log_probs=jnp.where(mask, columns["log_prob"].T, 0.0),
+        values=None if value_of is None else columns["value"].T,
+    )

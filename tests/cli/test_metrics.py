@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.cli.metrics import MetricsLog
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_line_for_each_write_and_it_is_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write("sft", 0, {"loss": 2.5})
+        assert lines(path) == [{"stage": "sft", "step": 0, "loss": 2.5}]
+        log.write("ppo", 7, {"objective/kl": 1, "objective/scores": -0.5})
+        assert lines(path)[1] == {
+            "stage": "ppo",
+            "step": 7,
+            "objective/kl": 1.0,
+            "objective/scores": -0.5,
+        }
+
+
+def test_numbers_of_every_library(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        row = log.write(
+            "a",
+            jnp.int32(3),
+            {
+                "jax": jnp.float32(0.25),
+                "bf16": jnp.bfloat16(0.5),
+                "numpy": np.float64(0.1),
+                "int": np.int32(4),
+                "bool": np.bool_(True),
+                "one element": jnp.ones((1, 1)),
+            },
+        )
+    assert row == lines(path)[0]
+    assert row == {
+        "stage": "a",
+        "step": 3,
+        "jax": 0.25,
+        "bf16": 0.5,
+        "numpy": 0.1,
+        "int": 4.0,
+        "bool": 1.0,
+        "one element": 1.0,
+    }
+    assert all(type(row[name]) is float for name in row if name not in ("stage", "step"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        assert log.write("a", 0, {"x": jnp.float32(value)})["x"] is None
+    assert lines(path)[0]["x"] is None
+
+
+def test_a_continued_run_keeps_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (0, 1):
+        with MetricsLog(path) as log:
+            log.write("a", step, {})
+    assert [row["step"] for row in lines(path)] == [0, 1]
+
+
+def test_lines_before_an_error_stay_and_the_error_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RuntimeError, match="stop"), MetricsLog(path) as log:
+        log.write("a", 0, {"x": 1.0})
+        raise RuntimeError("stop")
+    assert len(lines(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"x": np.ones(2)}, r"'x' has shape \(2,\)"),
+        ({"step": 1.0}, "'step': the name is taken"),
+        ({"stage": 1.0}, "'stage': the name is taken"),
+    ],
+)
+def test_a_bad_metric_is_named_and_writes_no_line(
+    tmp_path: Path, metrics: dict, message: str
+) -> None:
+    with MetricsLog(tmp_path / "m") as log, pytest.raises(ValueError, match=message):
+        log.write("a", 0, {"good": 1.0, **metrics})
+    assert (tmp_path / "m").read_text() == ""

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhfjax.cli.samples import write_samples
+
+
+def table(
+    path: Path, prompt: str = "the film", before: str = "is bad", after: str = "is good"
+) -> str:
+    write_samples(
+        path,
+        [prompt],
+        [before],
+        [after],
+        scores_before=np.float32([-1.234]),
+        scores_after=[0.5],
+        gold_before=np.array([False]),
+        gold_after=[True],
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def cells(text: str) -> list[str]:
+    return [cell.strip() for cell in text.splitlines()[-1].strip("|").split(" | ")]
+
+
+def test_a_row_has_both_texts_scores_and_verdicts(tmp_path: Path) -> None:
+    text = table(tmp_path / "samples.md")
+    assert cells(text) == [
+        "the film",
+        "is bad",
+        "is good",
+        "-1.23 → +0.50",
+        "negative → positive",
+    ]
+    header, rule, row = text.splitlines()[-3:]
+    assert header.count("|") == rule.count("|") == row.count("|") == 6
+
+
+@pytest.mark.parametrize(
+    ("sample", "cell"),
+    [
+        ("a | b", r"a \| b"),
+        ("<b>*x*</b> _y_ `z` [l](u) & $1", r"\<b\>\*x\*\</b\> \_y\_ \`z\` \[l\](u) \& \$1"),
+        ("back\\slash", r"back\\slash"),
+        ("two\nlines\r\t", r"two\\x0alines"),
+        ("nul\x00 bell\x07 sep\u2028end", r"nul\\x00 bell\\x07 sep\\x2028end"),
+        ("café 电影 �", "café 电影 �"),
+    ],
+)
+def test_texts_appear_as_they_are(tmp_path: Path, sample: str, cell: str) -> None:
+    text = table(tmp_path / "samples.md", after=sample)
+    assert cells(text)[2] == cell
+    assert len(text.splitlines()) == 5
+
+
+def test_unequal_numbers_of_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        write_samples(
+            tmp_path / "samples.md",
+            ["a", "b"],
+            ["c"],
+            ["d"],
+            scores_before=[0],
+            scores_after=[0],
+            gold_before=[True],
+            gold_after=[True],
+        )
