@@ -121,11 +121,11 @@ class PPOArgs:
     """Updates in each pass."""
     learning_rate: float = 5e-4
     """Constant."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.15
     """Weight of the KL penalty at the start."""
-    kl_target: float = 7.0
+    kl_target: float = 6.0
     """Nats a response that the weight is adapted to."""
-    kl_horizon: float = 1000.0
+    kl_horizon: float = 500.0
     """Samples in which the weight adapts; inf keeps it."""
 
 
@@ -235,8 +235,8 @@ class Codec:
     """Text to tokens and back.
 
     Attributes:
-        tokenizer: the tokenizer.
-        num_truncated: texts that were longer than the context and were cut off there.
+      tokenizer: the tokenizer.
+      num_truncated: texts that were longer than the context and were cut off there.
     """
 
     def __init__(self, tokenizer: Tokenizer, args: Args) -> None:
@@ -388,9 +388,7 @@ def score_texts(
 ) -> np.ndarray:
     """The reward model's score of each text."""
     ids = codec.encode([text.text for text in texts])
-    tokens, mask = right_pad(
-        ids, num_rows=len(ids), length=codec.args.model.context, pad_token=PAD
-    )
+    tokens, mask = right_pad(ids, num_rows=len(ids), length=codec.args.model.context, pad_token=PAD)
     return np.asarray(jax.jit(partial(reward_model.score, scorer))(params, tokens, mask))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,20 +11,22 @@ from jax import Array
 
 from rlhfjax.types import LanguageModel, Params
 
+Saved = tuple[Array, Array, Array, Array]
+
 
 def token_log_probs(logits: Array, tokens: Array, *, temperature: float | Array = 1.0) -> Array:
     """log softmax(logits / temperature)[token].
 
     Args:
-        logits: [..., V]; -inf marks tokens outside the vocabulary.
-        tokens: [...] int.
-        temperature: the logits are divided by it.
+      logits: [..., V]; -inf marks tokens outside the vocabulary.
+      tokens: [...] int.
+      temperature: the logits are divided by it.
 
     Returns:
-        [...] float32.
+      [...] float32.
 
     Raises:
-        AssertionError: `tokens` is not integer or does not match `logits` without its last axis.
+      AssertionError: `tokens` is not integer or does not match `logits` without its last axis.
     """
     return token_log_probs_and_entropy(logits, tokens, temperature=temperature)[0]
 
@@ -31,11 +35,11 @@ def entropy(logits: Array, *, temperature: float | Array = 1.0) -> Array:
     """H = -Σ_a p(a) log p(a) of p = softmax(logits / temperature), in nats.
 
     Args:
-        logits: [..., V]; a token with -inf contributes 0.
-        temperature: the logits are divided by it.
+      logits: [..., V]; a token with -inf contributes 0.
+      temperature: the logits are divided by it.
 
     Returns:
-        [...] float32.
+      [...] float32.
     """
     anything = jnp.zeros(logits.shape[:-1], jnp.int32)
     return token_log_probs_and_entropy(logits, anything, temperature=temperature)[1]
@@ -47,15 +51,15 @@ def token_log_probs_and_entropy(
     """`token_log_probs` and `entropy` in one pass over the vocabulary, backwards too.
 
     Args:
-        logits: [..., V]; -inf marks tokens outside the vocabulary.
-        tokens: [...] int.
-        temperature: the logits are divided by it.
+      logits: [..., V]; -inf marks tokens outside the vocabulary.
+      tokens: [...] int.
+      temperature: the logits are divided by it.
 
     Returns:
-        log-probabilities [...] and entropies [...], float32.
+      log-probabilities [...] and entropies [...], float32.
 
     Raises:
-        AssertionError: `tokens` is not integer or does not match `logits` without its last axis.
+      AssertionError: `tokens` is not integer or does not match `logits` without its last axis.
     """
     chex.assert_shape(tokens, logits.shape[:-1])
     chex.assert_type(tokens, int)
@@ -67,7 +71,7 @@ def _log_probs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     return _forward(logits, tokens)[0]
 
 
-def _forward(logits, tokens):
+def _forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], Saved]:
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     # Shifted by the maximum throughout: log Z - E[logits] would cancel at large logits.
     shifted = logits - top
@@ -80,7 +84,7 @@ def _forward(logits, tokens):
     return (log_probs, entropies), (logits, tokens, top[..., 0] + log_total, entropies)
 
 
-def _backward(saved, cotangents):
+def _backward(saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Array, None]:
     logits, tokens, log_z, entropies = saved
     d_log_probs, d_entropies = (c[..., None] for c in cotangents)
     log_p = logits - log_z[..., None]
@@ -93,20 +97,20 @@ def _backward(saved, cotangents):
 _log_probs_and_entropy.defvjp(_forward, _backward)
 
 
-def response_inputs(tokens: Array, attention_mask: Array, num_tokens: int) -> dict[str, Array | int]:
+def response_inputs(tokens: Array, attention_mask: Array, num_tokens: int) -> dict[str, Any]:
     """The one response slice: what to feed a model so that it gives one state a response token.
 
     The state that emits the first response token is the last of the prompt's, and the last
     response token emits nothing: positions P - 1 … S - 2.
 
     Args:
-        tokens: [B, S] prompts and responses.
-        attention_mask: [B, S] bool.
-        num_tokens: T.
+      tokens: [B, S] prompts and responses.
+      attention_mask: [B, S] bool.
+      num_tokens: T.
 
     Returns:
-        keyword arguments `tokens` [B, S - 1], `attention_mask` [B, S - 1] and `first` for
-        `LanguageModel.hidden` or `ScalarModel.values`, which then return [B, T, …].
+      keyword arguments `tokens` [B, S - 1], `attention_mask` [B, S - 1] and `first` for
+      `LanguageModel.hidden` or `ScalarModel.values`, which then return [B, T, …].
     """
     chex.assert_equal_shape([tokens, attention_mask])
     first = tokens.shape[1] - num_tokens - 1
@@ -125,15 +129,15 @@ def response_log_probs(
     """Log-probabilities and entropies of the last T tokens of each sequence under a model.
 
     Args:
-        model: any language model.
-        params: its parameters.
-        tokens: [B, S] prompts and responses.
-        attention_mask: [B, S] bool.
-        num_tokens: T, static.
-        temperature: the temperature of sampling.
+      model: any language model.
+      params: its parameters.
+      tokens: [B, S] prompts and responses.
+      attention_mask: [B, S] bool.
+      num_tokens: T, static.
+      temperature: the temperature of sampling.
 
     Returns:
-        log-probabilities [B, T] and entropies [B, T], float32; arbitrary, but finite, at padding.
+      log-probabilities [B, T] and entropies [B, T], float32; arbitrary, but finite, at padding.
     """
     hidden = model.hidden(params, **response_inputs(tokens, attention_mask, num_tokens))
     responses = tokens[:, -num_tokens:]

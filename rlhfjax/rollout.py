@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -12,6 +13,9 @@ from jax import Array
 from rlhfjax import sampling
 from rlhfjax.log_probs import token_log_probs
 from rlhfjax.types import LanguageModel, Params, Rollout
+
+Columns = dict[str, Array]
+Carry = tuple[Array, Columns, Array, Any]  # next token, columns, rows that ended, cache
 
 
 def generate(
@@ -35,25 +39,25 @@ def generate(
     the rest of the batch. The loop ends when every row has emitted the end token.
 
     Args:
-        model: the policy.
-        params: its parameters.
-        prompts: [B, P] int32, left-padded.
-        prompt_mask: [B, P] bool, True at real tokens.
-        key: a typed key; consumed.
-        num_tokens: T, static.
-        pad_token: fills responses behind the end token.
-        end_token: the token that ends a response and belongs to it; None: all have T tokens.
-        temperature: the logits are divided by it.
-        sampler: `(logits [B, V], uniform [B]) -> tokens [B]`, such as `sampling.greedy` or
-            `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`.
-        value_of: `(hidden [B, D]) -> [B]`, read from the states that the tokens are sampled from.
+      model: the policy.
+      params: its parameters.
+      prompts: [B, P] int32, left-padded.
+      prompt_mask: [B, P] bool, True at real tokens.
+      key: a typed key; consumed.
+      num_tokens: T, static.
+      pad_token: fills responses behind the end token.
+      end_token: the token that ends a response and belongs to it; None: all have T tokens.
+      temperature: the logits are divided by it.
+      sampler: `(logits [B, V], uniform [B]) -> tokens [B]`, such as `sampling.greedy` or
+        `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`.
+      value_of: `(hidden [B, D]) -> [B]`, read from the states that the tokens are sampled from.
 
     Returns:
-        a `Rollout`; its `log_probs` are those before any filter of the sampler.
+      a `Rollout`; its `log_probs` are those before any filter of the sampler.
 
     Raises:
-        ValueError: prompt and response are longer than the model's context.
-        AssertionError: shapes or dtypes are off.
+      ValueError: prompt and response are longer than the model's context.
+      AssertionError: shapes or dtypes are off.
     """
     chex.assert_rank([prompts, prompt_mask], 2)
     chex.assert_equal_shape([prompts, prompt_mask])
@@ -69,7 +73,9 @@ def generate(
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     uniforms = jax.vmap(lambda k: jax.random.uniform(k, (num_tokens,)), out_axes=1)(row_keys)
 
-    def sample(columns: dict[str, Array], t: Array | int, hidden: Array, done: Array):
+    def sample(
+        columns: Columns, t: Array | int, hidden: Array, done: Array
+    ) -> tuple[Columns, Array]:
         logits = model.logits(params, hidden).astype(jnp.float32) / temperature
         token = sampler(logits, uniforms[t])
         new = {"token": token, "log_prob": token_log_probs(logits, token)}
@@ -79,11 +85,11 @@ def generate(
         columns = {name: columns[name].at[t].set(new[name]) for name in new}
         return columns, done if end_token is None else done | (new["token"] == end_token)
 
-    def not_finished(carry):
+    def not_finished(carry: Carry) -> Array | bool:
         t, _, done, _ = carry
         return t < num_tokens if end_token is None else (t < num_tokens) & ~jnp.all(done)
 
-    def advance(carry):
+    def advance(carry: Carry) -> Carry:
         t, columns, done, cache = carry
         hidden, cache = model.decode(params, cache, columns["token"][t - 1])
         columns, done = sample(columns, t, hidden, done)
@@ -95,7 +101,9 @@ def generate(
         columns["value"] = jnp.zeros((num_tokens, batch))
     columns["token"] = jnp.full((num_tokens, batch), pad_token, jnp.int32)
     columns, done = sample(columns, 0, hidden, jnp.zeros(batch, bool))
-    _, columns, _, _ = jax.lax.while_loop(not_finished, advance, (1, columns, done, cache))
+    _, columns, _, _ = jax.lax.while_loop(
+        not_finished, advance, (jnp.int32(1), columns, done, cache)
+    )
 
     responses = columns["token"].T
     mask = sampling.response_mask(responses, end_token=end_token)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -16,41 +16,25 @@ Params = Any
 """A tree of arrays: the parameters of a model, of whatever structure the model likes."""
 
 
-class Hidden(Protocol):
-    """Hidden states of whole sequences, from position `first` on.
-
-    Args:
-        params: the model's parameters.
-        tokens: [B, S] int32.
-        attention_mask: [B, S] bool, True at real tokens.
-        first: static; the states before it are nobody's business and need not be computed.
-
-    Returns:
-        [B, S - first, D]
-    """
-
-    def __call__(
-        self, params: Params, tokens: Array, attention_mask: Array, *, first: int = 0
-    ) -> Array: ...
-
-
 class LanguageModel(NamedTuple):
     """A causal language model as pure functions; bring your own by filling in the fields.
 
     Attributes:
-        init: `(key) -> params`.
-        hidden: hidden states of whole sequences, see `Hidden`.
-        prefill: `(params, prompts [B, P], mask [B, P], *, length) -> (hidden [B, D], cache)`, the
-            state of the last position and a cache with room for `length` positions.
-        decode: `(params, cache, tokens [B]) -> (hidden [B, D], cache)`, one token further. The
-            cache is a tree of arrays that nothing else looks into.
-        logits: `(params, hidden [..., D]) -> [..., V]`, the LM head.
-        vocab_size: V.
-        context_length: the longest sequence, prompt and response together.
+      init: `(key) -> params`.
+      hidden: `(params, tokens [B, S], attention_mask [B, S], *, first=0) -> [B, S - first, D]`,
+        the hidden states of whole sequences. `first` is static: the states before it are
+        nobody's business and need not be computed.
+      prefill: `(params, prompts [B, P], mask [B, P], *, length) -> (hidden [B, D], cache)`, the
+        state of the last position and a cache with room for `length` positions.
+      decode: `(params, cache, tokens [B]) -> (hidden [B, D], cache)`, one token further. The
+        cache is a tree of arrays that nothing else looks into.
+      logits: `(params, hidden [..., D]) -> [..., V]`, the LM head.
+      vocab_size: V.
+      context_length: the longest sequence, prompt and response together.
     """
 
     init: Callable[[Array], Params]
-    hidden: Hidden
+    hidden: Callable[..., Array]
     prefill: Callable[..., tuple[Array, Any]]
     decode: Callable[[Params, Any, Array], tuple[Array, Any]]
     logits: Callable[[Params, Array], Array]
@@ -62,9 +46,9 @@ class ScalarModel(NamedTuple):
     """A model that gives one number a position: a value function or a reward model.
 
     Attributes:
-        init: `(key) -> params`.
-        values: `(params, tokens [B, S], attention_mask [B, S], *, first=0) -> [B, S - first]`
-            float32.
+      init: `(key) -> params`.
+      values: `(params, tokens [B, S], attention_mask [B, S], *, first=0) -> [B, S - first]`
+        float32.
     """
 
     init: Callable[[Array], Params]
@@ -77,12 +61,12 @@ class Rollout:
     """Prompts with the responses that a policy sampled to them.
 
     Attributes:
-        tokens: [B, S] int32, left-padded prompts followed by responses.
-        attention_mask: [B, S] bool, True at real tokens.
-        response_mask: [B, T] bool, True up to and including the end token.
-        log_probs: [B, T] float32 of the response tokens under the sampling policy at the sampling
-            temperature, before any filter; 0 where the mask is False.
-        values: [B, T] float32 of a head that read the hidden states while decoding, or None.
+      tokens: [B, S] int32, left-padded prompts followed by responses.
+      attention_mask: [B, S] bool, True at real tokens.
+      response_mask: [B, T] bool, True up to and including the end token.
+      log_probs: [B, T] float32 of the response tokens under the sampling policy at the sampling
+        temperature, before any filter; 0 where the mask is False.
+      values: [B, T] float32 of a head that read the hidden states while decoding, or None.
     """
 
     tokens: Array
@@ -108,10 +92,10 @@ class PreferenceBatch:
     """Pairs of texts of which the first was preferred.
 
     Attributes:
-        chosen: [B, S] int32.
-        chosen_mask: [B, S] bool, True at real tokens.
-        rejected: [B, S] int32.
-        rejected_mask: [B, S] bool; a row without any real token is no pair and counts nowhere.
+      chosen: [B, S] int32.
+      chosen_mask: [B, S] bool, True at real tokens.
+      rejected: [B, S] int32.
+      rejected_mask: [B, S] bool; a row without any real token is no pair and counts nowhere.
     """
 
     chosen: Array

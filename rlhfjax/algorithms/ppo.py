@@ -23,6 +23,7 @@ from rlhfjax.types import Params, Rollout
 
 Metrics = dict[str, Array]
 Reward = Callable[[Params, Rollout], Array]
+Learned = tuple[Params, optax.OptState]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Config:
     """What decides shapes and loops; static.
 
     Attributes:
-        num_tokens: T, length of responses.
-        pad_token: fills responses behind the end token.
-        end_token: ends a response; None: every response has T tokens.
-        num_epochs: passes over each batch of rollouts.
-        num_minibatches: updates in each pass; must divide the batch.
-        sampler: from logits and uniform numbers to tokens, see `rollout.generate`.
+      num_tokens: T, length of responses.
+      pad_token: fills responses behind the end token.
+      end_token: ends a response; None: every response has T tokens.
+      num_epochs: passes over each batch of rollouts.
+      num_minibatches: updates in each pass; must divide the batch.
+      sampler: from logits and uniform numbers to tokens, see `rollout.generate`.
     """
 
     num_tokens: int
@@ -52,16 +53,16 @@ class Hyperparameters:
     """What is only a number; traced, so one program can be vmapped over any of them.
 
     Attributes:
-        temperature: of sampling, and of every log-probability.
-        gamma: discount of a token.
-        gae_lambda: λ of GAE.
-        clip_range: ε of the ratio.
-        value_clip_range: ε of the values.
-        value_coef: weight of the value loss.
-        entropy_coef: weight of the entropy bonus.
-        kl_target: the KL that the coefficient is adapted to, nats a response.
-        kl_horizon: samples in which the coefficient may change e-fold at an error of 1; infinite:
-            the coefficient stays.
+      temperature: of sampling, and of every log-probability.
+      gamma: discount of a token.
+      gae_lambda: λ of GAE.
+      clip_range: ε of the ratio.
+      value_clip_range: ε of the values.
+      value_coef: weight of the value loss.
+      entropy_coef: weight of the entropy bonus.
+      kl_target: the KL that the coefficient is adapted to, nats a response.
+      kl_horizon: samples in which the coefficient may change e-fold at an error of 1; infinite:
+        the coefficient stays.
     """
 
     temperature: float | Array = 1.0
@@ -81,11 +82,11 @@ class State:
     """Everything that changes.
 
     Attributes:
-        params: of the `ActorCritic`.
-        opt_state: the optimiser's state.
-        key: typed key; iteration i uses `fold_in(key, i)`, the key itself never changes.
-        step: [] int32, iterations done.
-        kl_coef: [] float32, β.
+      params: of the `ActorCritic`.
+      opt_state: the optimiser's state.
+      key: typed key; iteration i uses `fold_in(key, i)`, the key itself never changes.
+      step: [] int32, iterations done.
+      kl_coef: [] float32, β.
     """
 
     params: Params
@@ -101,10 +102,10 @@ class Experience:
     """A rollout with all that the updates need to know about it.
 
     Attributes:
-        rollout: what was sampled, with `log_probs` of the sampling policy.
-        values: [B, T] at the time of sampling.
-        advantages: [B, T] whitened.
-        returns: [B, T]
+      rollout: what was sampled, with `log_probs` of the sampling policy.
+      values: [B, T] at the time of sampling.
+      advantages: [B, T] whitened.
+      returns: [B, T]
     """
 
     rollout: Rollout
@@ -123,13 +124,13 @@ def init(
     """The state before the first iteration.
 
     Args:
-        params: of the `ActorCritic`. Copied, because steps donate their state.
-        optimizer: any optax optimiser; `optax.inject_hyperparams` makes its numbers traced too.
-        key: a typed key.
-        kl_coef: β of the first iteration.
+      params: of the `ActorCritic`. Copied, because steps donate their state.
+      optimizer: any optax optimiser; `optax.inject_hyperparams` makes its numbers traced too.
+      key: a typed key.
+      kl_coef: β of the first iteration.
 
     Returns:
-        a `State`.
+      a `State`.
     """
     params = jax.tree.map(jnp.copy, params)
     beta = jnp.asarray(kl_coef, jnp.float32)
@@ -153,15 +154,15 @@ def sample(
     """The first phase: responses of the current policy.
 
     Args:
-        state: the state at the start of the iteration.
-        prompts: [B, P] int32, left-padded.
-        prompt_mask: [B, P] bool.
-        hyper: the numbers.
-        model: policy and value function.
-        config: lengths and tokens.
+      state: the state at the start of the iteration.
+      prompts: [B, P] int32, left-padded.
+      prompt_mask: [B, P] bool.
+      hyper: the numbers.
+      model: policy and value function.
+      config: lengths and tokens.
 
     Returns:
-        a `Rollout`, with values where the trunk is shared.
+      a `Rollout`, with values where the trunk is shared.
     """
     value_of = model.value_of
     return rollout.generate(
@@ -194,16 +195,16 @@ def experience(
     A sample whose score is not finite is taken out of every statistic, and counted.
 
     Args:
-        params: of the `ActorCritic` at the time of sampling.
-        samples: the rollout.
-        scores: [B]
-        ref_params: of the reference policy.
-        hyper: the numbers.
-        kl_coef: [] β.
-        model: policy and value function.
+      params: of the `ActorCritic` at the time of sampling.
+      samples: the rollout.
+      scores: [B]
+      ref_params: of the reference policy.
+      hyper: the numbers.
+      kl_coef: [] β.
+      model: policy and value function.
 
     Returns:
-        the experience, and the `objective/…` metrics.
+      the experience, and the `objective/…` metrics.
     """
     num_tokens = samples.response_mask.shape[1]
     scored = jnp.isfinite(scores)
@@ -250,16 +251,16 @@ def loss(
     """Clipped policy loss + c_v · clipped value loss - c_e · entropy, token means.
 
     Args:
-        params: of the `ActorCritic`.
-        batch: a minibatch of experience.
-        hyper: the numbers.
-        model: policy and value function.
+      params: of the `ActorCritic`.
+      batch: a minibatch of experience.
+      hyper: the numbers.
+      model: policy and value function.
 
     Returns:
-        the loss and the metrics of this minibatch.
+      the loss and the metrics of this minibatch.
 
     References:
-        Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 9.
+      Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 9.
     """
     samples, mask = batch.rollout, batch.rollout.response_mask
     inputs = response_inputs(samples.tokens, samples.attention_mask, mask.shape[1])
@@ -305,21 +306,21 @@ def learn(
     """The last phase: experience, then epochs × minibatches of updates, then the next β.
 
     Args:
-        state: the state that `samples` was sampled from.
-        samples: the rollout.
-        scores: [B] what the reward says of it.
-        ref_params: of the reference policy.
-        hyper: the numbers.
-        model: policy and value function.
-        optimizer: the optimiser that made the state.
-        config: epochs, minibatches, tokens.
+      state: the state that `samples` was sampled from.
+      samples: the rollout.
+      scores: [B] what the reward says of it.
+      ref_params: of the reference policy.
+      hyper: the numbers.
+      model: policy and value function.
+      optimizer: the optimiser that made the state.
+      config: epochs, minibatches, tokens.
 
     Returns:
-        the next state and the metrics of the iteration: means over its updates, and
-        `ppo/first_ratio_error`, the largest |ratio - 1| before the first of them.
+      the next state and the metrics of the iteration: means over its updates, and
+      `ppo/first_ratio_error`, the largest |ratio - 1| before the first of them.
 
     Raises:
-        ValueError: the minibatches do not divide the batch.
+      ValueError: the minibatches do not divide the batch.
     """
     batch, parts = samples.tokens.shape[0], config.num_minibatches
     if batch % parts:
@@ -331,7 +332,7 @@ def learn(
         state.params, samples, scores, ref_params, hyper, state.kl_coef, model=model
     )
 
-    def update(carry: tuple[Params, optax.OptState], rows: Array):
+    def update(carry: Learned, rows: Array) -> tuple[Learned, Metrics]:
         params, opt_state = carry
         minibatch = jax.tree.map(lambda x: x[rows], data)
         grads, measured = jax.grad(loss, has_aux=True)(params, minibatch, hyper, model=model)
@@ -368,14 +369,14 @@ def make_step(
     """A whole iteration as one compiled program, to scan over iterations or vmap over seeds.
 
     Args:
-        model: policy and value function.
-        reward: `(reward_params, rollout) -> scores [B]`, pure.
-        optimizer: any optax optimiser; one update a minibatch.
-        config: what is static.
+      model: policy and value function.
+      reward: `(reward_params, rollout) -> scores [B]`, pure.
+      optimizer: any optax optimiser; one update a minibatch.
+      config: what is static.
 
     Returns:
-        `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)`.
-        The state is donated.
+      `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)`.
+      The state is donated.
     """
 
     def step(
@@ -408,19 +409,17 @@ def make_halves(
     """The same iteration as two compiled programs, for a reward that runs in Python.
 
     Args:
-        model: policy and value function.
-        optimizer: any optax optimiser.
-        config: what is static.
+      model: policy and value function.
+      optimizer: any optax optimiser.
+      config: what is static.
 
     Returns:
-        `sample(state, prompts, prompt_mask, hyper) -> rollout` and
-        `learn(state, rollout, scores, ref_params, hyper) -> (state, metrics)`, which donates the
-        state. `rewards.call` turns a Python function's answer into scores.
+      `sample(state, prompts, prompt_mask, hyper) -> rollout` and
+      `learn(state, rollout, scores, ref_params, hyper) -> (state, metrics)`, which donates the
+      state. `rewards.call` turns a Python function's answer into scores.
     """
 
-    def first(
-        state: State, prompts: Array, prompt_mask: Array, hyper: Hyperparameters
-    ) -> Rollout:
+    def first(state: State, prompts: Array, prompt_mask: Array, hyper: Hyperparameters) -> Rollout:
         return sample(state, prompts, prompt_mask, hyper, model=model, config=config)
 
     def second(

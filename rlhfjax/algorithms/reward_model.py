@@ -24,13 +24,13 @@ def score(model: ScalarModel, params: Params, tokens: Array, attention_mask: Arr
     """The reward of whole sequences, read at their last real token.
 
     Args:
-        model: the reward model.
-        params: its parameters.
-        tokens: [B, S] int32.
-        attention_mask: [B, S] bool, padded on either side.
+      model: the reward model.
+      params: its parameters.
+      tokens: [B, S] int32.
+      attention_mask: [B, S] bool, padded on either side.
 
     Returns:
-        [B] float32.
+      [B] float32.
     """
     return last_value(model.values(params, tokens, attention_mask), attention_mask)
 
@@ -39,16 +39,16 @@ def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Ar
     """-mean over pairs of log σ(score(chosen) - score(rejected)).
 
     Args:
-        params: the reward model's parameters.
-        model: the reward model.
-        batch: pairs; rows of padding count nowhere.
+      params: the reward model's parameters.
+      model: the reward model.
+      batch: pairs; rows of padding count nowhere.
 
     Returns:
-        loss, scalar float32, and TRL's metrics: `loss`, `accuracy`, `margin`, `min_reward`,
-        `mean_reward`, `max_reward`.
+      loss, scalar float32, and TRL's metrics: `loss`, `accuracy`, `margin`, `min_reward`,
+      `mean_reward`, `max_reward`.
 
     References:
-        Bradley and Terry 1952; Stiennon et al. 2020, Learning to Summarize from Human Feedback.
+      Bradley and Terry 1952; Stiennon et al. 2020, Learning to Summarize from Human Feedback.
     """
     both = jnp.concatenate
     scores = score(
@@ -76,11 +76,11 @@ def make_step(
     """One compiled update of a reward model.
 
     Args:
-        model: the reward model.
-        optimizer: any optax optimiser.
+      model: the reward model.
+      optimizer: any optax optimiser.
 
     Returns:
-        `step(state, batch) -> (state, metrics)`, see `loss`. The state is donated.
+      `step(state, batch) -> (state, metrics)`, see `loss`. The state is donated.
     """
 
     def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:

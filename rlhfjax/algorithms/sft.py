@@ -26,14 +26,14 @@ def loss(
     """-mean over the tokens of `loss_mask` of log p(token | tokens before it).
 
     Args:
-        params: the model's parameters.
-        model: the language model.
-        tokens: [B, S] int32.
-        loss_mask: [B, S] bool, the tokens to be learned; the first column is never predicted.
-        attention_mask: [B, S] bool, True at real tokens.
+      params: the model's parameters.
+      model: the language model.
+      tokens: [B, S] int32.
+      loss_mask: [B, S] bool, the tokens to be learned; the first column is never predicted.
+      attention_mask: [B, S] bool, True at real tokens.
 
     Returns:
-        loss, scalar float32, and TRL's metrics: `loss`, `entropy`, `num_tokens`.
+      loss, scalar float32, and TRL's metrics: `loss`, `entropy`, `num_tokens`.
     """
     chex.assert_equal_shape([tokens, loss_mask, attention_mask])
     hidden = model.hidden(params, tokens[:, :-1], attention_mask[:, :-1])
@@ -50,12 +50,12 @@ def make_step(
     """One compiled update of a language model.
 
     Args:
-        model: the language model.
-        optimizer: any optax optimiser.
+      model: the language model.
+      optimizer: any optax optimiser.
 
     Returns:
-        `step(state, tokens, loss_mask, attention_mask) -> (state, metrics)`, see `loss`. The state
-        is donated.
+      `step(state, tokens, loss_mask, attention_mask) -> (state, metrics)`, see `loss`. The state
+      is donated.
     """
 
     def step(

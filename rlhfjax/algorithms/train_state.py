@@ -18,9 +18,9 @@ class TrainState:
     """Everything that changes in supervised training.
 
     Attributes:
-        params: the parameters.
-        opt_state: the optimiser's state.
-        step: [] int32, updates made.
+      params: the parameters.
+      opt_state: the optimiser's state.
+      step: [] int32, updates made.
     """
 
     params: Params
@@ -32,11 +32,11 @@ def init(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update.
 
     Args:
-        params: where training starts. Copied, because steps donate their state.
-        optimizer: any optax optimiser.
+      params: where training starts. Copied, because steps donate their state.
+      optimizer: any optax optimiser.
 
     Returns:
-        a `TrainState`.
+      a `TrainState`.
     """
     params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
@@ -48,12 +48,12 @@ def apply_gradients(
     """One update of the parameters.
 
     Args:
-        state: before.
-        grads: gradients, the structure of the parameters.
-        optimizer: the optimiser that made the state.
+      state: before.
+      grads: gradients, the structure of the parameters.
+      optimizer: the optimiser that made the state.
 
     Returns:
-        the state after.
+      the state after.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 
@@ -11,10 +10,10 @@ import jax
 class Clock:
     """Wall-clock seconds since it was made, and of named stages.
 
-        clock = Clock()
-        with clock("sft"):
-            ...
-        clock.seconds["sft"], clock.total()
+    clock = Clock()
+    with clock("sft"):
+        ...
+    clock.seconds["sft"], clock.total()
     """
 
     def __init__(self) -> None:
@@ -46,7 +45,7 @@ class Compilations:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
             self.count += event.endswith("backend_compile_duration")

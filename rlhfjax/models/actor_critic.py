@@ -16,12 +16,12 @@ class ActorCritic(NamedTuple):
     """What PPO trains.  The parameters of the policy are `params["policy"]`.
 
     Attributes:
-        policy: the language model that samples.
-        init: `(key) -> params`.
-        outputs: `(params, tokens, attention_mask, *, first) -> (hidden [B, N, D], values [B, N])`,
-            the policy's hidden states and the values at the same positions.
-        value_of: `(params, hidden [..., D]) -> [...]` where one state serves both and values can
-            be read while decoding; None where the value function has a trunk of its own.
+      policy: the language model that samples.
+      init: `(key) -> params`.
+      outputs: `(params, tokens, attention_mask, *, first) -> (hidden [B, N, D], values [B, N])`,
+        the policy's hidden states and the values at the same positions.
+      value_of: `(params, hidden [..., D]) -> [...]` where one state serves both and values can
+        be read while decoding; None where the value function has a trunk of its own.
     """
 
     policy: LanguageModel
@@ -34,11 +34,11 @@ def separate_trunks(policy: LanguageModel, value: ScalarModel) -> ActorCritic:
     """A policy and a value function without a common parameter.
 
     Args:
-        policy: any language model.
-        value: any scalar model over the same tokens.
+      policy: any language model.
+      value: any scalar model over the same tokens.
 
     Returns:
-        an `ActorCritic` with parameters `{"policy", "value"}`.
+      an `ActorCritic` with parameters `{"policy", "value"}`.
     """
 
     def init(key: Array) -> Params:
@@ -58,11 +58,11 @@ def shared_trunk(policy: LanguageModel, head: ScalarHead) -> ActorCritic:
     """A value head on the policy's own hidden states.
 
     Args:
-        policy: any language model.
-        head: reads its hidden states.
+      policy: any language model.
+      head: reads its hidden states.
 
     Returns:
-        an `ActorCritic` with parameters `{"policy", "head"}`.
+      an `ActorCritic` with parameters `{"policy", "head"}`.
     """
 
     def init(key: Array) -> Params:

@@ -9,16 +9,23 @@ writes in the backward pass and copies in the decode loop.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from rlhfjax import masked
+from rlhfjax.models.attention import attend, rotate
 from rlhfjax.types import LanguageModel, Params
+
+KeyValue = tuple[Array, Array]
+Cache = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,19 +33,19 @@ class DecoderConfig:
     """Shape and switches of a decoder; everything here is static.
 
     Attributes:
-        vocab_size: V, number of token ids.
-        context_length: longest sequence, prompt and response together.
-        width: D, size of the hidden states.
-        num_layers: number of blocks.
-        num_heads: query heads; `width` must be divisible by it.
-        num_kv_heads: key and value heads (grouped-query attention); None means `num_heads`.
-        mlp_width: inner size of the MLP; None means 4·width.
-        rotary_base: base of the rotary embedding; None means learned positions.
-        rms_norm: RMSNorm in place of LayerNorm.
-        gated_mlp: SiLU-gated MLP in place of GELU.
-        bias: biases in projections (and in LayerNorm).
-        tied_head: the LM head is the transposed embedding.
-        dtype: compute dtype; parameters are float32.
+      vocab_size: V, number of token ids.
+      context_length: longest sequence, prompt and response together.
+      width: D, size of the hidden states.
+      num_layers: number of blocks.
+      num_heads: query heads; `width` must be divisible by it.
+      num_kv_heads: key and value heads (grouped-query attention); None means `num_heads`.
+      mlp_width: inner size of the MLP; None means 4·width.
+      rotary_base: base of the rotary embedding; None means learned positions.
+      rms_norm: RMSNorm in place of LayerNorm.
+      gated_mlp: SiLU-gated MLP in place of GELU.
+      bias: biases in projections (and in LayerNorm).
+      tied_head: the LM head is the transposed embedding.
+      dtype: compute dtype; parameters are float32.
     """
 
     vocab_size: int
@@ -53,7 +60,7 @@ class DecoderConfig:
     gated_mlp: bool = False
     bias: bool = True
     tied_head: bool = True
-    dtype: jnp.dtype = jnp.float32  # type: ignore[assignment]
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         kv_heads = self.num_kv_heads or self.num_heads
@@ -77,46 +84,44 @@ class DecoderConfig:
 def _norm(config: DecoderConfig) -> nn.Module:
     if config.rms_norm:
         return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype)
-    return nn.LayerNorm(epsilon=1e-5, dtype=config.dtype, use_bias=config.bias, use_fast_variance=False)
+    return nn.LayerNorm(
+        epsilon=1e-5, dtype=config.dtype, use_bias=config.bias, use_fast_variance=False
+    )
 
 
 def _dense(config: DecoderConfig, features: int, scale: float = 1.0) -> nn.Dense:
-    init = nn.initializers.normal(0.02 * scale)
-    return nn.Dense(features, use_bias=config.bias, dtype=config.dtype, kernel_init=init)
+    return nn.Dense(
+        features,
+        use_bias=config.bias,
+        dtype=config.dtype,
+        kernel_init=nn.initializers.normal(0.02 * scale),
+        dot_general=lambda x, kernel, *_, **__: _project(x, kernel),
+    )
 
 
-def _rotate(x: Array, positions: Array, base: float) -> Array:
-    """Rotary embedding (Su et al. 2021) of `x` [B, H, T, d] at `positions` [B, T]."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+@jax.custom_vjp
+def _project(x: Array, kernel: Array) -> Array:
+    return x @ kernel
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """softmax(q·kᵀ/√d + mask)·v in `[B, H, T, d]`, the fastest layout on CPU.
+def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
 
-    Args:
-        query: [B, H, T, d].
-        key: [B, K, S, d], K dividing H.
-        value: [B, K, S, d].
-        mask: [B, T, S] bool, True where the query may look.
 
-    Returns:
-        [B, H, T, d]
-    """
-    batch, heads, length, dim = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
-    weights = jnp.einsum("bkqd,bksd->bkqs", grouped, key, preferred_element_type=jnp.float32)
-    weights = weights.reshape(batch, kv_heads, heads // kv_heads, length, -1) / math.sqrt(dim)
-    # A row that may look nowhere (a query at padding) becomes uniform, never NaN.
-    weights = jnp.where(mask[:, None, None], weights, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(weights).astype(value.dtype)
-    weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
-    return jnp.einsum("bkqs,bksd->bkqd", weights, value).reshape(batch, heads, length, dim)
+def _project_backward(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+
+    def transposed_first(x: Array, d_out: Array) -> Array:
+        # XLA's CPU matmul wants its operands untransposed; the copy costs less than the detour.
+        return jax.lax.optimization_barrier(x.T + 0) @ d_out
+
+    d_kernel = jax.lax.platform_dependent(
+        x, d_out, cpu=transposed_first, default=lambda x, d_out: x.T @ d_out
+    )
+    return d_out @ kernel.T, d_kernel
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class _Block(nn.Module):
@@ -126,9 +131,7 @@ class _Block(nn.Module):
         c = self.config
         residual_scale = 1 / math.sqrt(2 * c.num_layers)
         self.attention_norm = _norm(c)
-        self.query = _dense(c, c.num_heads * c.head_dim)
-        self.key = _dense(c, c.kv_heads * c.head_dim)
-        self.value = _dense(c, c.kv_heads * c.head_dim)
+        self.qkv = _dense(c, (c.num_heads + 2 * c.kv_heads) * c.head_dim)
         self.output = _dense(c, c.width, residual_scale)
         self.mlp_norm = _norm(c)
         inner = c.mlp_width or 4 * c.width
@@ -137,31 +140,42 @@ class _Block(nn.Module):
         self.up = _dense(c, inner)
         self.down = _dense(c, c.width, residual_scale)
 
-    def _heads(self, dense: nn.Dense, x: Array) -> Array:
-        """Projects `x` [B, T, D] as one [B·T, D] matrix, which is faster, to [B, H, T, d]."""
-        batch, length, width = x.shape
-        flat = dense(x.reshape(-1, width))
-        return flat.reshape(batch, length, -1, self.config.head_dim).swapaxes(1, 2)
-
-    def __call__(self, x, mask, positions, *, first=0, cache=None, index=None):
+    def __call__(
+        self,
+        x: Array,
+        mask: Array,
+        positions: Array,
+        *,
+        first: int = 0,
+        cache: KeyValue | None = None,
+        index: Array | int = 0,
+    ) -> tuple[Array, KeyValue]:
         """Returns the block's output from position `first` on, and its keys and values."""
         c = self.config
-        normed = self.attention_norm(x)
-        q = self._heads(self.query, normed[:, first:])
-        k, v = self._heads(self.key, normed), self._heads(self.value, normed)
+        batch, length, width = x.shape
+        # Projections of one [B·T, D] matrix are faster than of [B, T, D].
+        projected = self.qkv(self.attention_norm(x).reshape(-1, width))
+        heads = projected.reshape(batch, length, -1, c.head_dim)
+        parts = jnp.split(heads, (c.num_heads, c.num_heads + c.kv_heads), axis=2)
+        q, k, v = (part.swapaxes(1, 2) for part in parts)
+        q = q[:, :, first:]
         if c.rotary_base is not None:
-            q = _rotate(q, positions[:, first:], c.rotary_base)
-            k = _rotate(k, positions, c.rotary_base)
+            q = rotate(q, positions[:, first:], c.rotary_base)
+            k = rotate(k, positions, c.rotary_base)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
         x = x[:, first:]
-        mixed = attend(q, k, v, mask[:, first:]).swapaxes(1, 2).reshape(-1, c.width)
-        x = x.reshape(-1, c.width) + self.output(mixed)
+        mixed = attend(q, k, v, mask[:, first:]).swapaxes(1, 2).reshape(-1, width)
+        x = x.reshape(-1, width) + self.output(mixed)
         normed = self.mlp_norm(x)
-        inner = nn.silu(self.gate(normed)) * self.up(normed) if c.gated_mlp else nn.gelu(self.up(normed))
+        inner = (
+            nn.silu(self.gate(normed)) * self.up(normed)
+            if c.gated_mlp
+            else nn.gelu(self.up(normed))
+        )
         x = x + self.down(inner)
-        return x.reshape(mask.shape[0], -1, c.width), (k, v)
+        return x.reshape(batch, -1, width), (k, v)
 
 
 class _Decoder(nn.Module):
@@ -178,13 +192,15 @@ class _Decoder(nn.Module):
         self.layers = [_Block(c) for _ in range(c.num_layers)]
         self.norm = _norm(c)
         if not c.tied_head:
-            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=init)
+            self.head = self.param("head", init, (c.width, c.vocab_size))
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         x = self.embedding(tokens)
         return x if self.config.rotary_base is not None else x + self.position_embedding(positions)
 
-    def _stack(self, tokens, attention_mask, *, first=0):
+    def _stack(
+        self, tokens: Array, attention_mask: Array, *, first: int = 0
+    ) -> tuple[Array, list[KeyValue]]:
         positions = masked.positions(attention_mask)
         x = self._embed(tokens, positions)
         causal = jnp.tri(tokens.shape[1], dtype=bool)
@@ -196,10 +212,10 @@ class _Decoder(nn.Module):
             cache.append(key_value)
         return self.norm(x), cache
 
-    def hidden(self, tokens, attention_mask, *, first=0):
+    def hidden(self, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
         return self._stack(tokens, attention_mask, first=first)[0]
 
-    def prefill(self, tokens, attention_mask, *, length):
+    def prefill(self, tokens: Array, attention_mask: Array, *, length: int) -> tuple[Array, Cache]:
         prompt = tokens.shape[1]
         x, cache = self._stack(tokens, attention_mask, first=prompt - 1)
         room = ((0, 0), (0, 0), (0, length - prompt), (0, 0))
@@ -210,7 +226,7 @@ class _Decoder(nn.Module):
             "index": jnp.int32(prompt),
         }
 
-    def decode(self, cache, tokens):
+    def decode(self, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
         index, positions = cache["index"], cache["position"][:, None]
         mask = jax.lax.dynamic_update_slice_in_dim(
             cache["mask"], jnp.ones_like(cache["mask"][:, :1]), index, axis=1
@@ -227,10 +243,13 @@ class _Decoder(nn.Module):
             "index": index + 1,
         }
 
-    def logits(self, hidden):
-        return self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
+    def logits(self, hidden: Array) -> Array:
+        kernel = self.embedding.embedding.T if self.config.tied_head else self.head
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = _project(flat, kernel.astype(self.config.dtype))
+        return logits.reshape(*hidden.shape[:-1], -1)
 
-    def everything(self, tokens, attention_mask):
+    def everything(self, tokens: Array, attention_mask: Array) -> Array:
         return self.logits(self.hidden(tokens, attention_mask))
 
 
@@ -238,10 +257,10 @@ def decoder(config: DecoderConfig) -> LanguageModel:
     """A decoder-only transformer as functions.
 
     Args:
-        config: shape and switches.
+      config: shape and switches.
 
     Returns:
-        a `LanguageModel`; its parameters are a nested dictionary of float32 arrays.
+      a `LanguageModel`; its parameters are a nested dictionary of float32 arrays.
     """
     module = _Decoder(config)
 
@@ -250,8 +269,10 @@ def decoder(config: DecoderConfig) -> LanguageModel:
         everything = partial(module.init, method=module.everything)
         return everything(key, tokens, tokens == 0)["params"]
 
-    def bind(method):
-        return lambda params, *args, **kw: module.apply({"params": params}, *args, method=method, **kw)
+    def bind(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *args, **kw: module.apply(
+            {"params": params}, *args, method=method, **kw
+        )
 
     return LanguageModel(
         init=init,

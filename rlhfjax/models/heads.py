@@ -16,8 +16,8 @@ class ScalarHead(NamedTuple):
     """One number from a hidden state.
 
     Attributes:
-        init: `(key) -> params`.
-        apply: `(params, hidden [..., D]) -> [...]` float32.
+      init: `(key) -> params`.
+      apply: `(params, hidden [..., D]) -> [...]` float32.
     """
 
     init: Callable[[Array], Params]
@@ -28,11 +28,11 @@ def linear_head(width: int, *, stddev: float) -> ScalarHead:
     """w·h + b, with w ~ Normal(0, stddev²) and b = 0.
 
     Args:
-        width: D.
-        stddev: 1/√(D + 1) for a reward model, 0 for a value function (Ziegler et al. 2019).
+      width: D.
+      stddev: 1/√(D + 1) for a reward model, 0 for a value function (Ziegler et al. 2019).
 
     Returns:
-        a `ScalarHead` with parameters `{"kernel": [D], "bias": []}`.
+      a `ScalarHead` with parameters `{"kernel": [D], "bias": []}`.
     """
 
     def init(key: Array) -> Params:
@@ -48,15 +48,15 @@ def rescale(params: Params, *, mean: float | Array, std: float | Array) -> Param
     """The linear head that gives (w·h + b - mean) / std.
 
     Args:
-        params: `{"kernel", "bias"}` of a `linear_head`.
-        mean: what the new head subtracts.
-        std: what it divides by.
+      params: `{"kernel", "bias"}` of a `linear_head`.
+      mean: what the new head subtracts.
+      std: what it divides by.
 
     Returns:
-        parameters of the same structure.
+      parameters of the same structure.
 
     References:
-        Ziegler et al. 2019 normalise reward models so before and after training.
+      Ziegler et al. 2019 normalise reward models so before and after training.
     """
     return {"kernel": params["kernel"] / std, "bias": (params["bias"] - mean) / std}
 
@@ -65,11 +65,11 @@ def scalar_model(model: LanguageModel, head: ScalarHead) -> ScalarModel:
     """A head on top of a language model's hidden states.
 
     Args:
-        model: the backbone.
-        head: the head.
+      model: the backbone.
+      head: the head.
 
     Returns:
-        a `ScalarModel` with parameters `{"backbone", "head"}`.
+      a `ScalarModel` with parameters `{"backbone", "head"}`.
     """
 
     def init(key: Array) -> Params:
@@ -87,11 +87,11 @@ def last_value(values: Array, attention_mask: Array) -> Array:
     """What a scalar model says at the last real token: the score of a whole sequence.
 
     Args:
-        values: [B, S].
-        attention_mask: [B, S] bool, padded on either side.
+      values: [B, S].
+      attention_mask: [B, S] bool, padded on either side.
 
     Returns:
-        [B]; 0 for a row without real tokens.
+      [B]; 0 for a row without real tokens.
     """
     length = attention_mask.shape[1]
     last = length - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
