@@ -48,7 +48,7 @@ from rlhfjax.data.batches import (
 )
 from rlhfjax.data.generated import generated_corpus
 from rlhfjax.data.preferences import pair_by_label
-from rlhfjax.data.text import LabelledText, read_labelled, split_by_hash
+from rlhfjax.data.text import DataError, LabelledText, read_labelled, split_by_hash
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.types import LanguageModel, Params, PreferenceBatch, Rollout, ScalarModel
 
@@ -120,12 +120,12 @@ class PPOArgs:
     minibatches: int = 2
     """Updates in each pass."""
     learning_rate: float = 5e-4
-    """Constant."""
-    kl_coef: float = 0.15
+    """At the start; falls linearly to a tenth."""
+    kl_coef: float = 0.1
     """Weight of the KL penalty at the start."""
-    kl_target: float = 6.0
+    kl_target: float = 8.0
     """Nats a response that the weight is adapted to."""
-    kl_horizon: float = 500.0
+    kl_horizon: float = 700.0
     """Samples in which the weight adapts; inf keeps it."""
 
 
@@ -148,6 +148,7 @@ class Args:
 
 def main(args: Args) -> dict[str, object]:
     """Tells the whole story and returns what `summary.json` holds."""
+    check(args)
     clock, compilations = Clock(), Compilations()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.jsonl").unlink(missing_ok=True)
@@ -156,10 +157,13 @@ def main(args: Args) -> dict[str, object]:
 
     # 1. Text: A will train the reward model, B the judge, both the language model.
     texts = read_labelled(args.data) if args.data else generated_corpus(6000, seed=args.seed)
-    splits = split_by_hash(texts, SPLITS)
+    splits = split(texts)
     train_texts = [text.text for text in splits["train_a"] + splits["train_b"]]
     codec = Codec(train_tokenizer(train_texts, args.model.vocab), args)
     codec.tokenizer.save(str(args.out / "tokenizer.json"))
+    truncated = codec.num_truncated([text.text for part in splits.values() for text in part])
+    if truncated:
+        print(f"{truncated} texts are longer than --model.context and lose what is beyond it")
 
     # 2. The judge is of another kind and stands for the people whom the reward model imitates.
     judge, baseline = bag_of_words(splits["train_b"]), bag_of_words(splits["train_a"])
@@ -220,7 +224,7 @@ def main(args: Args) -> dict[str, object]:
         "ppo/first_ratio_error": max(row["ppo/first_ratio_error"] for row in run.rows),
         "compilations_after_first_iteration": run.compilations_after_first_iteration,
         "data/texts": {name: len(members) for name, members in splits.items()},
-        "data/truncated": codec.num_truncated,
+        "data/truncated": truncated,
         **{f"seconds/{name}": seconds for name, seconds in clock.seconds.items()},
         "seconds/compile": compilations.seconds,
         "seconds/total": clock.total(),
@@ -231,22 +235,49 @@ def main(args: Args) -> dict[str, object]:
     return summary
 
 
-class Codec:
-    """Text to tokens and back.
+def check(args: Args) -> None:
+    """Refuses what would fail only after minutes of training."""
+    longest = args.ppo.prompt_tokens + args.ppo.response_tokens
+    if longest > args.model.context:
+        raise ValueError(
+            f"--ppo.prompt-tokens and --ppo.response-tokens need {longest} positions, "
+            f"--model.context has {args.model.context}: raise it or shorten either"
+        )
+    if args.ppo.prompts % args.ppo.minibatches:
+        raise ValueError(
+            f"--ppo.minibatches {args.ppo.minibatches} does not divide "
+            f"--ppo.prompts {args.ppo.prompts}"
+        )
 
-    Attributes:
-      tokenizer: the tokenizer.
-      num_truncated: texts that were longer than the context and were cut off there.
-    """
+
+def split(texts: Sequence[LabelledText]) -> dict[str, list[LabelledText]]:
+    """Parts that depend on nothing but each text."""
+    parts = split_by_hash(texts, SPLITS)
+    for name, members in parts.items():
+        if len({text.label for text in members}) < 2:
+            raise DataError(
+                f"{len(texts)} texts are too few: part {name!r} got {len(members)} of them, and "
+                "not of both labels; give more text"
+            )
+    return parts
+
+
+class Codec:
+    """Text to tokens and back."""
 
     def __init__(self, tokenizer: Tokenizer, args: Args) -> None:
-        self.tokenizer, self.args, self.num_truncated = tokenizer, args, 0
+        self.tokenizer, self.args = tokenizer, args
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[BEGIN, *e.ids, END] for e in self.tokenizer.encode_batch(list(texts))]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Whole texts between BEGIN and END; what is longer than the context loses its rest."""
-        ids = [[BEGIN, *e.ids, END] for e in self.tokenizer.encode_batch(list(texts))]
-        self.num_truncated += sum(len(i) > self.args.model.context for i in ids)
-        return [i[: self.args.model.context] for i in ids]
+        return [ids[: self.args.model.context] for ids in self._ids(texts)]
+
+    def num_truncated(self, texts: Sequence[str]) -> int:
+        """Texts that are longer than the context."""
+        return sum(len(ids) > self.args.model.context for ids in self._ids(texts))
 
     def prompts(self, texts: Sequence[LabelledText]) -> Padded:
         """The first words of each text after BEGIN, left-padded."""
@@ -280,9 +311,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def bag_of_words(texts: Sequence[LabelledText]) -> Pipeline:
-    """Logistic regression on the words and word pairs of a text."""
-    words = CountVectorizer(ngram_range=(1, 2), min_df=2, binary=True, token_pattern=r"\S+")
-    classifier = make_pipeline(words, LogisticRegression(C=0.3, max_iter=1000))
+    """Logistic regression on the words of a text."""
+    words = CountVectorizer(binary=True, token_pattern=r"\S+")
+    classifier = make_pipeline(words, LogisticRegression(max_iter=1000))
     return classifier.fit(*zip(*texts, strict=True))
 
 
@@ -452,9 +483,11 @@ def train_ppo(
     """Moves the policy towards what the reward model likes; the judge watches."""
     settings = args.ppo
     actor_critic = zoo.separate_trunks(model, scorer)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate, eps=1e-5)
+    num_updates = settings.iterations * settings.epochs * settings.minibatches
+    schedule = optax.linear_schedule(
+        settings.learning_rate, 0.1 * settings.learning_rate, num_updates
     )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
     config = ppo.Config(
         num_tokens=settings.response_tokens,
         pad_token=PAD,

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
@@ -51,6 +53,7 @@ print("compared", len(calls))
 """
 
 
+@pytest.mark.slow
 def test_pure_functions_are_the_same_under_pmap() -> None:
     environment = {
         "JAX_PLATFORMS": "cpu",

@@ -8,7 +8,8 @@ phase before it returned, and can be replaced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -210,9 +211,7 @@ def experience(
     scored = jnp.isfinite(scores)
     scores = jnp.where(scored, scores, 0.0)
     mask = samples.response_mask & scored[:, None]
-    samples = Rollout(
-        samples.tokens, samples.attention_mask, mask, samples.log_probs, samples.values
-    )
+    samples = replace(samples, response_mask=mask)
     inputs = response_inputs(samples.tokens, samples.attention_mask, num_tokens)
     values = samples.values
     if values is None:
@@ -379,6 +378,9 @@ def make_step(
       The state is donated.
     """
 
+    draw = partial(sample, model=model, config=config)
+    update = partial(learn, model=model, optimizer=optimizer, config=config)
+
     def step(
         state: State,
         prompts: Array,
@@ -387,18 +389,8 @@ def make_step(
         reward_params: Params,
         hyper: Hyperparameters,
     ) -> tuple[State, Metrics]:
-        samples = sample(state, prompts, prompt_mask, hyper, model=model, config=config)
-        scores = reward(reward_params, samples)
-        return learn(
-            state,
-            samples,
-            scores,
-            ref_params,
-            hyper,
-            model=model,
-            optimizer=optimizer,
-            config=config,
-        )
+        samples = draw(state, prompts, prompt_mask, hyper)
+        return update(state, samples, reward(reward_params, samples), ref_params, hyper)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -419,21 +411,6 @@ def make_halves(
       state. `rewards.call` turns a Python function's answer into scores.
     """
 
-    def first(state: State, prompts: Array, prompt_mask: Array, hyper: Hyperparameters) -> Rollout:
-        return sample(state, prompts, prompt_mask, hyper, model=model, config=config)
-
-    def second(
-        state: State, samples: Rollout, scores: Array, ref_params: Params, hyper: Hyperparameters
-    ) -> tuple[State, Metrics]:
-        return learn(
-            state,
-            samples,
-            scores,
-            ref_params,
-            hyper,
-            model=model,
-            optimizer=optimizer,
-            config=config,
-        )
-
-    return jax.jit(first), jax.jit(second, donate_argnums=0)
+    draw = partial(sample, model=model, config=config)
+    update = partial(learn, model=model, optimizer=optimizer, config=config)
+    return jax.jit(draw), jax.jit(update, donate_argnums=0)

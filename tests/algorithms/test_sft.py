@@ -92,7 +92,6 @@ class TestStep:
             losses.append(float(metrics["loss"]))
         assert state.step == 80
         assert losses[0] > 2.0
-        # The first token after the first one cannot be told for rows that begin alike.
         assert losses[-1] < 0.1 * losses[0]
 
     def test_is_a_descent_along_the_gradient(self, params) -> None:

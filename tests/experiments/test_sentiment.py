@@ -146,7 +146,7 @@ class TestRun:
     def test_the_same_seed_gives_the_same_numbers(
         self, run: Run, corpus: Path, tmp_path: Path
     ) -> None:
-        # A file more than the run leaves behind must not disturb it, nor an older log.
+        # A log of an older run is replaced, not continued.
         (tmp_path / "metrics.jsonl").write_text("old\n")
         again = main(replace(SIZES, data=corpus, out=tmp_path))
         for name, number in run.summary.items():
@@ -164,8 +164,9 @@ class TestRun:
         ({"a.pos": b"", "a.neg": b"bad\n"}, "a.pos: empty file"),
         ({"a.pos": b"good\n\nfine\n", "a.neg": b"bad\n"}, "a.pos:2: empty line"),
         ({"a.pos": b"good\n", "a.neg": b"bad\n\xff\n"}, "a.neg:2: .*not UTF-8"),
+        ({"a.pos": b"good\nfine\n", "a.neg": b"bad\n"}, "3 texts are too few"),
     ],
-    ids=["missing", "nothing", "one kind", "empty file", "empty line", "not UTF-8"],
+    ids=["missing", "nothing", "one kind", "empty file", "empty line", "not UTF-8", "too few"],
 )
 def test_a_bad_folder_is_refused(
     tmp_path: Path, files: dict[str, bytes] | None, message: str
@@ -177,6 +178,23 @@ def test_a_bad_folder_is_refused(
             (data / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         main(replace(SIZES, data=data, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        (PPOArgs(prompts=10, minibatches=4), ("10", "4")),
+        (PPOArgs(prompt_tokens=40, response_tokens=30), ("70", "64")),
+    ],
+    ids=["minibatches that do not divide", "no room for a response"],
+)
+def test_sizes_that_do_not_fit_are_refused_before_any_work(
+    tmp_path: Path, settings: PPOArgs, numbers: tuple[str, str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        main(replace(SIZES, ppo=settings, out=tmp_path / "out"))
+    assert all(number in str(error.value) for number in numbers)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairwise_accuracy_by_hand() -> None:

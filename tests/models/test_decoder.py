@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import left_padded, scattered
+from small_models import assert_close, left_padded, scattered
 
 from rlhfjax import rollout, sampling
 from rlhfjax.models import DecoderConfig, decoder
@@ -112,7 +112,7 @@ def in_numpy(config: DecoderConfig, params: Params, tokens: np.ndarray, shift: i
         x = x + attention(layer, norm(layer["attention_norm"], x))
         x = x + mlp(layer, norm(layer["mlp_norm"], x))
     x = norm(params["norm"], x)
-    return x @ params["embedding"]["embedding"].T if config.tied_head else dense(params["head"], x)
+    return x @ (params["embedding"]["embedding"].T if config.tied_head else params["head"])
 
 
 class TestWholePass:
@@ -132,7 +132,9 @@ class TestWholePass:
             return jnp.sum(weights * logits)
 
         def along(distance: float) -> float:
-            params = jax.tree.map(lambda x, d: x + distance * d, tiny.params, direction)
+            params = jax.tree.map(
+                lambda x, d: np.asarray(x, np.float64) + distance * d, tiny.params, direction
+            )
             return sum(
                 (weights[row, real] * in_numpy(tiny.config, params, tokens[real], shift=0)).sum()
                 for row, (tokens, real) in enumerate(zip(TOKENS, MASK, strict=True))
@@ -141,11 +143,24 @@ class TestWholePass:
         grads = jax.jit(jax.grad(total))(tiny.params)
         slopes = jax.tree.map(lambda g, d: (np.asarray(g) * d).sum(), grads, direction)
         expected = (along(1e-5) - along(-1e-5)) / 2e-5
-        assert sum(jax.tree.leaves(slopes)) == pytest.approx(expected, rel=1e-3)
+        assert sum(jax.tree.leaves(slopes)) == pytest.approx(expected, rel=1e-4)
 
+    def test_gradients_vmapped_over_parameters_are_those_of_each(self, tiny: Tiny) -> None:
+        def total(params: Params) -> jax.Array:
+            hidden = tiny.model.hidden(params, TOKENS, MASK)
+            return jnp.square(tiny.model.logits(params, hidden)).mean()
+
+        pair = [tiny.params, scattered(tiny.model, seed=1)]
+        both = jax.jit(jax.vmap(jax.grad(total)))(jax.tree.map(lambda *x: jnp.stack(x), *pair))
+        alone = jax.jit(jax.grad(total))
+        for index, params in enumerate(pair):
+            mine = jax.tree.map(lambda x, i=index: x[i], both)
+            assert_close(mine, alone(params), atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "tiny", [CONFIGS["Llama"], CONFIGS["mixed"]], ids=["Llama", "mixed"], indirect=True
+    )
     def test_rotary_positions_matter_by_their_differences_only(self, tiny: Tiny) -> None:
-        if tiny.config.rotary_base is None:
-            pytest.skip("learned positions")
         far = in_numpy(tiny.config, tiny.params, TOKENS[0], shift=1000)
         np.testing.assert_allclose(tiny.logits(TOKENS, MASK)[0], far, rtol=1e-4, atol=1e-4)
 
