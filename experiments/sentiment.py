@@ -77,13 +77,13 @@ class ModelArgs:
 class SFTArgs:
     """Language-model training."""
 
-    epochs: int = 6
+    epochs: int = 4
     """Passes over the training texts."""
-    batch: int = 64
+    batch: int = 32
     """Texts in an update."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """Peak of a cosine schedule."""
-    buckets: int = 3
+    buckets: int = 4
     """Sequence lengths to compile for; more of them means less padding."""
 
 

@@ -347,7 +347,7 @@ def learn(
     metrics |= {name: x.mean() for name, x in measured.items()}
     metrics["ppo/first_ratio_error"] = ratio_error[0]
     if config.end_token is not None:
-        ended = (samples.responses == config.end_token) & samples.response_mask
+        ended = (samples.responses == config.end_token) & data.rollout.response_mask
         metrics["val/num_eos_tokens"] = ended.sum()
     kl_coef = kl.adaptive_coef(
         state.kl_coef,

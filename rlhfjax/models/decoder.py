@@ -69,6 +69,11 @@ class DecoderConfig:
                 f"width {self.width} must divide into num_heads {self.num_heads}, "
                 f"and num_heads into num_kv_heads {kv_heads}"
             )
+        if self.rotary_base is not None and self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of numbers, but width {self.width} in "
+                f"{self.num_heads} heads makes heads of {self.head_dim}: choose an even size"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -201,6 +206,11 @@ class _Decoder(nn.Module):
     def _stack(
         self, tokens: Array, attention_mask: Array, *, first: int = 0
     ) -> tuple[Array, list[KeyValue]]:
+        if tokens.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"sequences of {tokens.shape[1]} tokens are longer than the context of "
+                f"{self.config.context_length}: shorten them or raise context_length"
+            )
         positions = masked.positions(attention_mask)
         x = self._embed(tokens, positions)
         causal = jnp.tri(tokens.shape[1], dtype=bool)

@@ -354,3 +354,14 @@ def test_heads_that_do_not_divide_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         DecoderConfig(V, 16, width=16, num_heads=heads, num_kv_heads=kv_heads)
+
+
+def test_rotary_positions_refuse_heads_of_odd_size() -> None:
+    with pytest.raises(ValueError, match="heads of 3: choose an even size"):
+        DecoderConfig(V, 16, width=12, num_heads=4, rotary_base=10_000.0)
+
+
+def test_sequences_longer_than_the_context_are_refused() -> None:
+    model = decoder(DecoderConfig(V, context_length=S - 1, width=8, num_heads=2))
+    with pytest.raises(ValueError, match=f"sequences of {S} tokens .* context of {S - 1}"):
+        jax.eval_shape(model.hidden, jax.eval_shape(model.init, jax.random.key(0)), TOKENS, MASK)
