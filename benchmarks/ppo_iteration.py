@@ -112,7 +112,9 @@ def main(args: Args) -> dict[str, object]:
     optimizer = optax.adamw(1e-5)
 
     def reward(params, rollout):
-        return reward_model.score(scalar, params, rollout.tokens, rollout.attention_mask)
+        return reward_model.score(
+            scalar, params, rollout.tokens, rollout.attention_mask, first=args.prompt
+        )
 
     params_key, reward_key, run_key, prompt_key = jax.random.split(jax.random.key(0), 4)
     params = jax.jit(actor_critic.init)(params_key)

@@ -105,7 +105,7 @@ class RewardArgs:
 class PPOArgs:
     """Reinforcement learning."""
 
-    iterations: int = 50
+    iterations: int = 60
     """Rounds of sampling and learning."""
     prompts: int = 128
     """Prompts in an iteration."""
@@ -123,7 +123,7 @@ class PPOArgs:
     """At the start; falls linearly to a tenth."""
     kl_coef: float = 0.1
     """Weight of the KL penalty at the start."""
-    kl_target: float = 8.0
+    kl_target: float = 8.8
     """Nats a response that the weight is adapted to."""
     kl_horizon: float = 700.0
     """Samples in which the weight adapts; inf keeps it."""
@@ -425,7 +425,8 @@ def score_texts(
 
 def reward_of(scorer: ScalarModel, params: Params, rollout: Rollout) -> Array:
     """The reward model's score of prompts with their responses."""
-    return reward_model.score(scorer, params, rollout.tokens, rollout.attention_mask)
+    first = rollout.prompts.shape[1]
+    return reward_model.score(scorer, params, rollout.tokens, rollout.attention_mask, first=first)
 
 
 def normalise(scorer: ScalarModel, params: Params, rollout: Rollout) -> Params:

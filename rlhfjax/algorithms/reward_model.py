@@ -20,7 +20,9 @@ __all__ = ["TrainState", "init", "loss", "make_step", "score"]
 Metrics = dict[str, Array]
 
 
-def score(model: ScalarModel, params: Params, tokens: Array, attention_mask: Array) -> Array:
+def score(
+    model: ScalarModel, params: Params, tokens: Array, attention_mask: Array, *, first: int = 0
+) -> Array:
     """The reward of whole sequences, read at their last real token.
 
     Args:
@@ -28,11 +30,13 @@ def score(model: ScalarModel, params: Params, tokens: Array, attention_mask: Arr
       params: its parameters.
       tokens: [B, S] int32.
       attention_mask: [B, S] bool, padded on either side.
+      first: static; a position that no sequence ends before, such as the first one of responses.
 
     Returns:
       [B] float32.
     """
-    return last_value(model.values(params, tokens, attention_mask), attention_mask)
+    values = model.values(params, tokens, attention_mask, first=first)
+    return last_value(values, attention_mask[:, first:])
 
 
 def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Array, Metrics]:

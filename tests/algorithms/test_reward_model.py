@@ -90,13 +90,14 @@ def test_the_score_is_read_at_the_last_real_token_whichever_side_is_padded(param
     right, left = np.full((2, 1, S), 9, np.int32)
     right[0, :4] = left[0, -4:] = text
     places = np.arange(S)[None]
-    score = jax.jit(reward_model.score, static_argnums=0)
+    score = jax.jit(reward_model.score, static_argnums=0, static_argnames="first")
     scores = [
         score(MODEL, params, right, places < 4),
+        score(MODEL, params, right, places < 4, first=2),
         score(MODEL, params, left, places >= S - 4),
         score(MODEL, params, text[None], np.ones((1, 4), bool)),
     ]
-    np.testing.assert_allclose(scores, scores[2][None].repeat(3, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores, scores[3][None].repeat(4, 0), rtol=1e-4, atol=1e-5)
     assert abs(scores[0][0] - score(MODEL, params, right, places < 3)[0]) > 1e-3
 
 
