@@ -105,9 +105,9 @@ class RewardArgs:
 class PPOArgs:
     """Reinforcement learning."""
 
-    iterations: int = 60
+    iterations: int = 50
     """Rounds of sampling and learning."""
-    prompts: int = 128
+    prompts: int = 192
     """Prompts in an iteration."""
     prompt_words: int = 3
     """First words of a held-out text that make a prompt."""
@@ -117,7 +117,7 @@ class PPOArgs:
     """Tokens of a response, at most."""
     epochs: int = 2
     """Passes over each batch of rollouts."""
-    minibatches: int = 2
+    minibatches: int = 3
     """Updates in each pass."""
     learning_rate: float = 5e-4
     """At the start; falls linearly to a tenth."""
@@ -125,7 +125,7 @@ class PPOArgs:
     """Weight of the KL penalty at the start."""
     kl_target: float = 8.8
     """Nats a response that the weight is adapted to."""
-    kl_horizon: float = 700.0
+    kl_horizon: float = 1000.0
     """Samples in which the weight adapts; inf keeps it."""
 
 
