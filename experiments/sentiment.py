@@ -121,11 +121,14 @@ class PPOArgs:
     """Updates in each pass."""
     learning_rate: float = 5e-4
     """At the start; falls linearly to a tenth."""
+    gae_lambda: float = 1.0
+    """λ of GAE; below 1 the penalty of a token weighs more than the score that comes at the end,
+    and responses grow short."""
     kl_coef: float = 0.1
     """Weight of the KL penalty at the start."""
-    kl_target: float = 8.8
+    kl_target: float = 9.0
     """Nats a response that the weight is adapted to."""
-    kl_horizon: float = 1000.0
+    kl_horizon: float = 800.0
     """Samples in which the weight adapts; inf keeps it."""
 
 
@@ -496,7 +499,11 @@ def train_ppo(
         num_epochs=settings.epochs,
         num_minibatches=settings.minibatches,
     )
-    hyper = ppo.Hyperparameters(kl_target=settings.kl_target, kl_horizon=settings.kl_horizon)
+    hyper = ppo.Hyperparameters(
+        gae_lambda=settings.gae_lambda,
+        kl_target=settings.kl_target,
+        kl_horizon=settings.kl_horizon,
+    )
 
     @partial(jax.jit, donate_argnums=0)
     def iterate(state: ppo.State, prompts: Padded, ref: Params, reward: Params):
