@@ -124,11 +124,11 @@ class PPOArgs:
     gae_lambda: float = 1.0
     """λ of GAE; below 1 the penalty of a token weighs more than the score that comes at the end,
     and responses grow short."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.17
     """Weight of the KL penalty at the start."""
-    kl_target: float = 9.0
+    kl_target: float = 8.0
     """Nats a response that the weight is adapted to."""
-    kl_horizon: float = 800.0
+    kl_horizon: float = 2000.0
     """Samples in which the weight adapts; inf keeps it."""
 
 
