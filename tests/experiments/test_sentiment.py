@@ -37,7 +37,7 @@ SIZES = Args(
     model=ModelArgs(vocab=300, layers=1, width=16, heads=2, context=64),
     sft=SFTArgs(epochs=1, batch=32, buckets=2),
     reward=RewardArgs(epochs=1, batch=32, buckets=1),
-    ppo=PPOArgs(iterations=3, prompts=16, response_tokens=8),
+    ppo=PPOArgs(iterations=3, prompts=16, minibatches=2, response_tokens=8),
 )
 
 
