@@ -122,8 +122,7 @@ class PPOArgs:
     learning_rate: float = 5e-4
     """At the start; falls linearly to a tenth."""
     gae_lambda: float = 1.0
-    """λ of GAE; below 1 the penalty of a token weighs more than the score that comes at the end,
-    and responses grow short."""
+    """λ of GAE; at 1 the advantages have no bias from the value function."""
     kl_coef: float = 0.17
     """Weight of the KL penalty at the start."""
     kl_target: float = 8.0
