@@ -6,12 +6,14 @@ from rlhfjax import (
     checkpoint,
     data,
     kl,
+    lm_head,
     log_probs,
     losses,
     masked,
     models,
     rollout,
     sampling,
+    sequences,
     types,
 )
 
@@ -23,11 +25,13 @@ __all__ = [
     "checkpoint",
     "data",
     "kl",
+    "lm_head",
     "log_probs",
     "losses",
     "masked",
     "models",
     "rollout",
     "sampling",
+    "sequences",
     "types",
 ]

@@ -15,6 +15,12 @@ from jax import Array
 Params = Any
 """A tree of arrays: the parameters of a model, of whatever structure the model likes."""
 
+Loss = tuple[Array, dict[str, Array]]
+"""A loss, and metrics without a gradient."""
+
+Reduction = Callable[[Array, Array], Array]
+"""`(x, mask) -> loss`: how a loss is averaged, `masked.mean` or one of `reductions`."""
+
 
 class LanguageModel(NamedTuple):
     """A causal language model as pure functions; bring your own by filling in the fields.

@@ -1,4 +1,4 @@
-"""The pure functions under `jax.pmap`, on eight devices, give what they give without it."""
+"""On eight devices, under `jax.pmap`, the pure functions give what they give without it."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ PROGRAM = """
 import jax
 import numpy as np
 from rlhfjax import advantages, kl, log_probs, masked, sampling
-from rlhfjax.losses import policy, reward, value
+from rlhfjax.losses import policy, reductions, reward, value
 
 assert jax.local_device_count() == 8
 rng = np.random.default_rng(0)
@@ -50,6 +50,20 @@ for name, (function, arguments) in calls.items():
             alone,
         )
 print("compared", len(calls))
+
+# A loss averaged over devices, each weighted with what it counts, is the loss of the whole batch.
+counted = {"token_mean": reductions.num_tokens, "sequence_mean": reductions.num_sequences}
+mask[5] = False
+for name, weight in counted.items():
+    def of_device(*x):
+        loss = policy.ppo_clip(*x, **one, reduce=getattr(reductions, name))[0]
+        share = weight(x[-1])
+        return jax.lax.psum(loss * share, "devices") / jax.lax.psum(share, "devices")
+    averaged = jax.pmap(of_device, axis_name="devices")(a, b, c, mask)
+    whole = (x.reshape(24, 5) for x in (a, b, c, mask))
+    loss = policy.ppo_clip(*whole, **one, reduce=getattr(reductions, name))[0]
+    np.testing.assert_allclose(averaged, np.full(8, loss), rtol=1e-6)
+    print("averaged", name)
 """
 
 
@@ -63,4 +77,5 @@ def test_pure_functions_are_the_same_under_pmap() -> None:
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert ran.stdout == "compared 10\n", ran.stderr
+    wanted = "compared 10\naveraged token_mean\naveraged sequence_mean\n"
+    assert ran.stdout == wanted, ran.stderr

@@ -1,13 +1,14 @@
 """Filters against a sort in NumPy; samplers against the probabilities they must reproduce."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax import sampling
+from rlhfjax import log_probs, sampling
 
 NEVER = -np.inf
 LOGITS = np.random.default_rng(0).normal(0.0, 2.0, (5, 11)).astype(np.float32)
@@ -17,6 +18,7 @@ Filter = Callable[[jax.Array], jax.Array]
 FILTERS: dict[str, Filter] = {
     "top-k": lambda logits: sampling.top_k(logits, k=3),
     "top-p": lambda logits: sampling.top_p(logits, p=0.7),
+    "top-p without crossing": lambda logits: sampling.top_p(logits, p=0.7, keep_crossing=False),
     "min-p": lambda logits: sampling.min_p(logits, p=0.1),
 }
 each_filter = pytest.mark.parametrize("filter_", FILTERS.values(), ids=FILTERS)
@@ -41,6 +43,13 @@ class TestTopK:
     def test_all_that_tie_with_the_kth_stay(self) -> None:
         filtered = sampling.top_k(jnp.array([1.0, 3.0, 1.0, 0.0, 1.0]), k=2)
         np.testing.assert_array_equal(filtered, [1.0, 3.0, 1.0, NEVER, 1.0])
+
+    def test_the_vocabulary_is_not_sorted(self) -> None:
+        def program(filter_: Filter) -> str:
+            return jax.jit(filter_).lower(jnp.zeros((4, 1000))).compile().as_text()
+
+        assert " sort(" in program(lambda logits: sampling.top_p(logits, p=0.5))
+        assert " sort(" not in program(lambda logits: sampling.top_k(logits, k=50))
 
     def test_keeping_nothing_is_refused(self) -> None:
         with pytest.raises(ValueError, match="k=0"):
@@ -74,6 +83,20 @@ class TestTopP:
         wide = jnp.array([100.0, 0.0, -50.0])
         np.testing.assert_array_equal(sampling.top_p(wide, p=1.0), wide)
 
+    @pytest.mark.parametrize("p", [0.05, 0.3, 0.7, 0.95])
+    def test_without_the_crossing_token_the_mass_is_at_most_p(self, p: float) -> None:
+        removed = kept(sampling.top_p(LOGITS, p=p, keep_crossing=False))
+        for row, mine in zip(softmax(LOGITS), removed, strict=True):
+            order = np.argsort(-row)
+            count = max(int((np.cumsum(row[order]) <= p).sum()), 1)
+            np.testing.assert_array_equal(np.flatnonzero(mine), np.sort(order[:count]))
+
+    def test_at_the_exact_boundary_nothing_crosses(self) -> None:
+        logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
+        for p, expected in ((0.6, [1, 0, 0, 0]), (0.75, [1, 1, 0, 0]), (0.8, [1, 1, 0, 0])):
+            both = sampling.top_p(logits, p=p, keep_crossing=False)
+            np.testing.assert_array_equal(kept(both), expected)
+
 
 class TestMinP:
     @pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
@@ -85,6 +108,144 @@ class TestMinP:
     def test_the_ends(self) -> None:
         assert kept(sampling.min_p(LOGITS, p=0.0)).all()
         np.testing.assert_array_equal(kept(sampling.min_p(LOGITS, p=1.0)), MOST_PROBABLE)
+
+
+class TestTemper:
+    def test_logits_are_divided(self) -> None:
+        np.testing.assert_allclose(
+            sampling.temper(LOGITS, temperature=0.7), LOGITS / 0.7, rtol=1e-6
+        )
+
+    def test_at_0_the_most_probable_stay(self) -> None:
+        logits = jnp.array([[1.0, 3.0, 3.0, NEVER], [NEVER, NEVER, NEVER, NEVER]])
+        cold = sampling.temper(logits, temperature=0.0)
+        np.testing.assert_array_equal(cold, [[NEVER, 3.0, 3.0, NEVER], [NEVER] * 4])
+
+    def test_each_row_may_have_its_own(self) -> None:
+        degrees = np.float32([[0.5], [1.0], [2.0], [4.0], [8.0]])
+        given = jax.jit(lambda t: sampling.temper(LOGITS, temperature=t))(degrees)
+        np.testing.assert_array_equal(given, LOGITS / degrees)
+
+
+class TestRepetitionPenalty:
+    def test_positive_logits_are_divided_and_negative_ones_multiplied(self) -> None:
+        penalised = sampling.repetition_penalty(
+            jnp.array([[3.0, -3.0, 0.0, 1.0, -1.0, NEVER], [3.0, -3.0, 0.0, 1.0, -1.0, 2.0]]),
+            jnp.array([[0, 1, 2, 5, 0], [4, 4, 0, 1, 2]]),
+            jnp.array([[True] * 5, [True, True, False, False, False]]),
+            penalty=1.5,
+        )
+        expected = [[2.0, -4.5, 0.0, 1.0, -1.0, NEVER], [3.0, -3.0, 0.0, 1.0, -1.5, 2.0]]
+        np.testing.assert_array_equal(penalised, expected)
+
+    def test_what_does_not_count_may_be_anything(self) -> None:
+        tokens = jnp.array([2, -1, -100, 11, 2**31 - 1])
+        penalised = sampling.repetition_penalty(LOGITS[0], tokens, jnp.arange(5) < 1, penalty=2.0)
+        np.testing.assert_array_equal(np.flatnonzero(penalised != LOGITS[0]), [2])
+
+    def test_of_a_text_without_tokens_nothing_changes(self) -> None:
+        tokens = jnp.zeros((5, 0), jnp.int32)
+        penalised = sampling.repetition_penalty(LOGITS, tokens, tokens > 0, penalty=2.0)
+        np.testing.assert_array_equal(penalised, LOGITS)
+
+    def test_any_number_of_axes_under_jit_and_vmap(self) -> None:
+        tokens = np.random.default_rng(2).integers(0, 11, (5, 4))
+        penalty = partial(sampling.repetition_penalty, penalty=1.3)
+        rows = [penalty(*row) for row in zip(LOGITS, tokens, tokens > 3, strict=True)]
+        np.testing.assert_array_equal(jax.jit(penalty)(LOGITS, tokens, tokens > 3), np.stack(rows))
+        np.testing.assert_array_equal(jax.vmap(penalty)(LOGITS, tokens, tokens > 3), np.stack(rows))
+
+    def test_arrays_that_do_not_fit_are_refused(self) -> None:
+        tokens = np.zeros((5, 4), np.int32)
+        for wrong in ((tokens[:4], tokens[:4] > 0), (tokens, tokens[:, 1:] > 0), (tokens, tokens)):
+            with pytest.raises(AssertionError):
+                sampling.repetition_penalty(LOGITS, *wrong, penalty=2.0)
+
+
+class TestForbidEnd:
+    def test_until_there_are_enough_tokens(self) -> None:
+        for step, expected in ((0, NEVER), (2, NEVER), (3, LOGITS[0, 7]), (9, LOGITS[0, 7])):
+            given = sampling.forbid_end(LOGITS, step, end_token=7, min_length=3)
+            assert given[0, 7] == expected
+            np.testing.assert_array_equal(np.delete(given, 7, 1), np.delete(LOGITS, 7, 1))
+
+    def test_rows_of_different_lengths_and_several_end_tokens(self) -> None:
+        step = jnp.array([0, 4, 1, 2, 3])
+        given = jax.jit(sampling.forbid_end)(
+            LOGITS, step, end_token=jnp.array([0, 10]), min_length=3
+        )
+        removed = np.zeros(LOGITS.shape, bool)
+        removed[np.ix_([0, 2, 3], [0, 10])] = True
+        np.testing.assert_array_equal(given, np.where(removed, NEVER, LOGITS))
+
+
+class TestChain:
+    WARM = partial(sampling.temper, temperature=2.0)
+    NUCLEUS = partial(sampling.top_p, p=0.7)
+
+    def test_from_left_to_right(self) -> None:
+        warm_first = sampling.chain(self.WARM, self.NUCLEUS)(LOGITS)
+        np.testing.assert_array_equal(warm_first, self.NUCLEUS(LOGITS / 2))
+        warm_last = sampling.chain(self.NUCLEUS, self.WARM)(LOGITS)
+        np.testing.assert_array_equal(warm_last, self.NUCLEUS(LOGITS) / 2)
+        assert kept(warm_first).sum() > kept(warm_last).sum()
+
+    def test_the_second_sees_the_distribution_that_the_first_left(self) -> None:
+        logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
+        both = sampling.chain(partial(sampling.top_k, k=2), partial(sampling.top_p, p=0.5))
+        np.testing.assert_array_equal(kept(sampling.top_p(logits, p=0.5)), [1, 1, 0, 0])
+        np.testing.assert_array_equal(kept(both(logits)), [1, 0, 0, 0])
+
+    def test_of_nothing_changes_nothing(self) -> None:
+        np.testing.assert_array_equal(sampling.chain()(LOGITS), LOGITS)
+
+    def test_as_a_sampler_in_a_compiled_loop(self) -> None:
+        filter_ = sampling.chain(self.WARM, partial(sampling.top_k, k=2))
+
+        @jax.jit
+        def draw(uniforms: jax.Array) -> jax.Array:
+            return jax.lax.map(lambda u: sampling.categorical(filter_(LOGITS), u), uniforms)
+
+        uniforms = np.linspace(0, 0.99, 50, dtype=np.float32)
+        tokens = draw(np.broadcast_to(uniforms[:, None], (50, 5)))
+        for row, drawn in zip(LOGITS, tokens.T, strict=True):
+            assert set(np.asarray(drawn).tolist()) == set(np.argsort(-row)[:2].tolist())
+
+
+class TestBehaviour:
+    """The log-probability of a sampled token, before and after the filters."""
+
+    LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    FILTER = staticmethod(sampling.chain(partial(sampling.top_p, p=0.6)))
+
+    def test_of_what_a_filter_left_the_rest_of_the_mass_is_shared_out(self) -> None:
+        token = jnp.array([1])
+        own = log_probs.token_log_probs(self.LOGITS, token)
+        behaviour = log_probs.token_log_probs(self.FILTER(self.LOGITS), token)
+        np.testing.assert_allclose(np.exp([own[0], behaviour[0]]), [0.3, 0.3 / 0.8], rtol=1e-6)
+
+    def test_a_token_that_was_removed_is_impossible(self) -> None:
+        behaviour = log_probs.token_log_probs(self.FILTER(self.LOGITS), jnp.array([2]))
+        assert behaviour[0] == NEVER
+
+
+@each_filter
+def test_the_gradient_of_a_filtered_log_probability_is_finite(filter_: Filter) -> None:
+    """Also of the numbers that change it, and where what they change was removed before."""
+    tokens, least = LOGITS.argmax(-1), LOGITS.argmin(-1)
+    removed = np.where(np.arange(11) == least[:, None], NEVER, LOGITS)
+    text = np.stack([tokens, least], 1)
+
+    def total(logits: jax.Array, degrees: jax.Array, penalty: jax.Array) -> jax.Array:
+        penalise = partial(sampling.repetition_penalty, tokens=text, mask=text > 2, penalty=penalty)
+        warm = partial(sampling.temper, temperature=degrees)
+        return log_probs.token_log_probs(
+            sampling.chain(penalise, warm, filter_)(logits), tokens
+        ).sum()
+
+    grad, *others = jax.grad(total, (0, 1, 2))(removed, 0.7, 1.2)
+    assert np.isfinite(grad).all() and np.isfinite(others).all() and np.all(others)
+    assert np.asarray(grad).any() and (grad[np.isneginf(removed)] == 0).all()
 
 
 @each_filter
@@ -234,6 +395,11 @@ class TestResponseMask:
         mask = sampling.response_mask(self.RESPONSES, end_token=2)
         np.testing.assert_array_equal(mask, self.EXPECTED)
         assert mask.dtype == jnp.bool_
+
+    def test_any_of_several_end_tokens_ends(self) -> None:
+        mask = sampling.response_mask(self.RESPONSES, end_token=jnp.array([2, 7]))
+        expected = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+        np.testing.assert_array_equal(mask, expected)
 
     def test_without_an_end_token_all_are_real(self) -> None:
         assert sampling.response_mask(self.RESPONSES, end_token=None).all()

@@ -6,12 +6,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhfjax import masked
+from rlhfjax.types import Loss, Reduction
 
 
 def clipped_value_loss(
-    values: Array, old_values: Array, returns: Array, mask: Array, *, clip_range: float | Array
-) -> tuple[Array, dict[str, Array]]:
-    """½·mean over tokens of max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²).
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    mask: Array,
+    *,
+    clip_range: float | Array,
+    reduce: Reduction = masked.mean,
+) -> Loss:
+    """½·max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) of each token.
 
     Gradients flow to `values` only.
 
@@ -21,9 +28,10 @@ def clipped_value_loss(
       returns: [..., T], R.
       mask: [..., T] bool.
       clip_range: ε.
+      reduce: from the tokens' losses to the loss, see `reductions`.
 
     Returns:
-      loss: scalar float32.
+      loss: float32, what `reduce` gives.
       metrics: `clip_fraction`, tokens whose clipped error is the larger one.
 
     Raises:
@@ -33,21 +41,20 @@ def clipped_value_loss(
       The PPO2 implementation of OpenAI Baselines; Ziegler et al. 2019 (its released code).
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
-    chex.assert_type(mask, bool)
-    values = jnp.where(mask, values, 0).astype(jnp.float32)
-    old_values = jax.lax.stop_gradient(jnp.where(mask, old_values, 0)).astype(jnp.float32)
-    returns = jax.lax.stop_gradient(jnp.where(mask, returns, 0)).astype(jnp.float32)
-
+    values = masked.fill(values, mask)
+    old_values = jax.lax.stop_gradient(masked.fill(old_values, mask))
+    returns = jax.lax.stop_gradient(masked.fill(returns, mask))
     clipped = jnp.clip(values, old_values - clip_range, old_values + clip_range)
-    error = jnp.square(values - returns)
-    clipped_error = jnp.square(clipped - returns)
-    loss = 0.5 * masked.mean(jnp.maximum(error, clipped_error), mask)
-    clip_fraction = masked.mean(clipped_error > error, mask)
-    return loss, {"clip_fraction": jax.lax.stop_gradient(clip_fraction)}
+    error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+    is_clipped = clipped_error > error
+    loss = reduce(0.5 * jnp.where(is_clipped, clipped_error, error), mask)
+    return loss, {"clip_fraction": masked.mean(is_clipped, mask)}
 
 
-def value_loss(values: Array, returns: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
-    """½·mean over tokens of (V - R)².
+def value_loss(
+    values: Array, returns: Array, mask: Array, *, reduce: Reduction = masked.mean
+) -> Loss:
+    """½·(V - R)² of each token.
 
     Gradients flow to `values` only.
 
@@ -55,9 +62,10 @@ def value_loss(values: Array, returns: Array, mask: Array) -> tuple[Array, dict[
       values: [..., T] of the model that is trained.
       returns: [..., T], R.
       mask: [..., T] bool.
+      reduce: from the tokens' losses to the loss, see `reductions`.
 
     Returns:
-      loss: scalar float32.
+      loss: float32, what `reduce` gives.
       metrics: empty.
 
     Raises:
@@ -67,7 +75,5 @@ def value_loss(values: Array, returns: Array, mask: Array) -> tuple[Array, dict[
       Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 9.
     """
     chex.assert_equal_shape([values, returns, mask])
-    chex.assert_type(mask, bool)
-    values = jnp.where(mask, values, 0).astype(jnp.float32)
-    returns = jax.lax.stop_gradient(jnp.where(mask, returns, 0)).astype(jnp.float32)
-    return 0.5 * masked.mean(jnp.square(values - returns), mask), {}
+    error = masked.fill(values, mask) - jax.lax.stop_gradient(masked.fill(returns, mask))
+    return reduce(0.5 * jnp.square(error), mask), {}
