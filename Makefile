@@ -20,7 +20,7 @@ test: $(READY) ## formatting, lint, types, all tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy rlhfjax
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lock: $(READY) ## resolve requirements.lock anew
 	$(RUN) -m pip install --quiet uv

@@ -3,6 +3,7 @@
 Walks all public functions of floors 0 and 1 that take a mask, see `catalogue`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,11 @@ def outcome(subject: Subject) -> Callable[[dict[str, Any]], Any]:
     return both
 
 
+@functools.cache
+def compiled(subject: Subject) -> Callable[[dict[str, Any]], Any]:
+    return jax.jit(outcome(subject))
+
+
 def assert_same_bits(one: Any, other: Any) -> None:
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -68,8 +74,7 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_nothing_under_a_mask_reaches_values_or_gradients(subject: Subject) -> None:
-    function = outcome(subject)
-    for run in (function, jax.jit(function)):
+    for run in (outcome(subject), compiled(subject)):
         clean = run(subject.arrays)
         for leaf in jax.tree.leaves(clean):
             assert np.isfinite(np.asarray(leaf, np.float32)).all()
@@ -80,7 +85,7 @@ def test_nothing_under_a_mask_reaches_values_or_gradients(subject: Subject) -> N
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_where_everything_is_masked_all_is_finite(subject: Subject) -> None:
     nothing = {name: np.zeros_like(x) if is_mask(name) else x for name, x in subject.arrays.items()}
-    for leaf in jax.tree.leaves(jax.jit(outcome(subject))(nothing)):
+    for leaf in jax.tree.leaves(compiled(subject)(nothing)):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
 
 
