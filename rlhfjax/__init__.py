@@ -14,6 +14,7 @@ from rlhfjax import (
     rollout,
     sampling,
     sequences,
+    tasks,
     types,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "rollout",
     "sampling",
     "sequences",
+    "tasks",
     "types",
 ]

@@ -32,6 +32,7 @@ ROOMS = {
     "sampling": Room(1, {0}, set()),
     "sequences": Room(1, {0}, set()),
     "rollout": Room(2, {0, 1}, set()),
+    "tasks": Room(2, {0, 1}, set()),
     "models": Room(2, {0}, {"flax"}),
     "checkpoint": Room(2, {0}, {"orbax"}),
     "data": Room(2, {0}, set()),
