@@ -23,7 +23,7 @@ ROOMS = (
     "masked",
     "kl",
     "log_probs",
-    # "lm_head",
+    "lm_head",
     "sampling",
     "sequences",
     "advantages",

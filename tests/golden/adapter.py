@@ -1,9 +1,9 @@
 """What the peers compute, as compositions of the library's public functions.
 
 `run(case)` takes a case of `golden.json` and gives what the case expects, by the conventions of its
-peer. Nothing is added, multiplied or exponentiated here, only chosen, reshaped and named; the
+peer. What is computed is computed by the library; here it is chosen, laid out and named. The
 compositions stand in `peer_*.py`. `DIFFERENT` lists the cases that the library answers otherwise on
-purpose.
+purpose, each with a reason that holds for other inputs of its kind.
 """
 
 import sys

@@ -25,6 +25,7 @@ class Case:
     function: str
     peer: str
     convention: str
+    source: str
     tags: tuple[str, ...]
     inputs: dict[str, Any]
     expected: dict[str, Any]
@@ -40,6 +41,7 @@ def decode(case: dict[str, Any]) -> Case:
         function=case["function"],
         peer=case["peer"],
         convention=case.get("convention") or "",
+        source=case.get("source") or "",
         tags=tuple(case.get("tags") or ()),
         inputs={name: _array(name, entry) for name, entry in case["inputs"].items()},
         expected={name: _array(name, entry) for name, entry in case["expected"].items()},

@@ -32,8 +32,8 @@ def group_advantage(case: Case) -> Given:
         scores, mask = of_tokens(case)
         result = advantages.group_relative(scores, ids, keep_singletons=True)
         if inputs["norm_by_std"]:
-            # The vectorised form, without a named convention, has a floor under σ.
-            floor = 0.0 if case.convention else 1e-3
+            # The vectorised form, of the same name, has a floor under σ.
+            floor = 1e-3 if "vectorized" in case.id + case.source else 0.0
             result = advantages.scale_by_group_std(result, scores, ids, eps=1e-6, min_std=floor)
         return {"advantages": advantages.spread(result, mask)}
     if case.peer == "trl":

@@ -63,10 +63,7 @@ def ppo_clip_loss(case: Case) -> Given:
     old, mask, reduce = inputs["old_logprobs"], inputs["mask"], reduction(case)
     weights: Any = 1.0
     if "rollout_logprobs" in inputs:
-        low, high = inputs["is_threshold"]
-        bound = {"tis": advantages.truncate_weights, "icepop": advantages.reject_weights}
-        weights = advantages.token_importance_weights(old, inputs["rollout_logprobs"], mask)
-        weights = bound[inputs["is_type"]](weights, low=low, high=high)
+        weights = sampler_weights(case)
 
     def loss_of(new: jax.Array) -> tuple[jax.Array, Given]:
         loss, metrics = policy.ppo_clip(
@@ -80,9 +77,13 @@ def ppo_clip_loss(case: Case) -> Given:
             weights=weights,
             reduce=reduce,
         )
-        if "kl_coef" in inputs:
-            drift = masked.mean(kl.k1(new, floats(inputs["ref_logprobs"])), mask)
-            loss = reductions.weighted_sum([loss, drift], [1.0, inputs["kl_coef"]])
+        terms, coefs = [loss], [1.0]
+        if inputs.get("kl_coef") is not None:
+            terms.append(masked.mean(kl.k1(new, floats(inputs["ref_logprobs"])), mask))
+            coefs.append(inputs["kl_coef"])
+        if inputs.get("entropy_coef") is not None:
+            terms.append(policy.entropy_loss(floats(inputs["entropies"]), mask)[0])
+            coefs.append(inputs["entropy_coef"])
         given = {
             "clip_frac": metrics["clip_fraction"],
             "clip_frac_lower": metrics.get("dual_clip_fraction"),
@@ -90,9 +91,24 @@ def ppo_clip_loss(case: Case) -> Given:
         }
         if "rollout_logprobs" in inputs:
             given["rollout_kl"] = masked.mean(kl.k1(inputs["rollout_logprobs"], old), mask)
-        return loss, given
+        return reductions.weighted_sum(terms, coefs), given
 
     return with_gradient(loss_of, inputs["logprobs"], names=("grad_logprobs",))
+
+
+def sampler_weights(case: Case) -> jax.Array:
+    """OpenRLHF: of tokens, bounded or rejected one by one, or by the mean of their response."""
+    inputs, mask = case.inputs, jnp.asarray(case.inputs["mask"])
+    learner_and_sampler = (inputs["old_logprobs"], inputs["rollout_logprobs"])
+    bounds = dict(zip(("low", "high"), inputs["is_threshold"], strict=True))
+    weights = advantages.token_importance_weights(*learner_and_sampler, mask)
+    if inputs["is_type"] == "seq-mask-tis":
+        means = (masked.mean(x, mask, axis=-1) for x in learner_and_sampler)
+        of_rows = advantages.token_importance_weights(*means, mask.any(-1))
+        kept = advantages.reject_weights(of_rows, **bounds) > 0
+        return masked.fill(weights, jnp.broadcast_to(kept[:, None], mask.shape))
+    bound = {"tis": advantages.truncate_weights, "icepop": advantages.reject_weights}
+    return bound[inputs["is_type"]](weights, **bounds)
 
 
 def ppo_clip_loss_rollout_correction(case: Case) -> Given:
@@ -218,7 +234,7 @@ def grpo_loss(case: Case) -> Given:
         divergence = estimate_kl(masked.fill(new, mask), masked.fill(ref, mask))
         kl_loss = reduce(divergence, mask)
         drift = negative_kl(case, old, new, mask)
-        if case.convention == "kl_cov":
+        if case.peer == "verl" and loss_of_verl(case) == "kl_cov":
             drift = masked.mean(kl.absolute(new, old, bound=20.0), mask)
         coef = inputs.get("beta") or 0.0
         loss = reductions.weighted_sum([policy_loss, kl_loss], [1.0, coef]) if coef else policy_loss
@@ -280,7 +296,14 @@ def grpo_term(
         )
 
     def sequence(new: jax.Array, old: jax.Array) -> tuple[jax.Array, Given]:
-        return sequence_policy.gspo(new, old, of_rows, mask, **ranges, reduce=reduce)
+        if inputs.get("delta") is None:
+            return sequence_policy.gspo(new, old, of_rows, mask, **ranges, reduce=reduce)
+        means = (masked.mean(x, mask, axis=-1) for x in (new, old))
+        by_row = {"dual_clip": inputs["delta"], "reduce": reduce_rows}
+        return policy.ppo_clip(*means, of_rows, jnp.any(mask, -1), **ranges, **by_row)
+
+    def reduce_rows(of_rows: jax.Array, _: Any) -> jax.Array:
+        return reduce(advantages.spread(of_rows, mask), mask)
 
     def sequence_token(new: jax.Array, old: jax.Array) -> tuple[jax.Array, Given]:
         mean = reduction(case, count_empty=count_empty)
@@ -323,13 +346,16 @@ def grpo_term(
         return ppo, reduce
     of_verl = {
         "gspo": sequence_token,
-        "gspo_tight": sequence_token,
         "cispo": cispo,
         "geo_mean": gmpo,
         "sapo": sapo,
         "kl_cov": kl_cov,
         "gpg": plain,
     }
-    # The edge cases of verl have no convention, but the name of one in their id.
-    name = case.convention or case.id.rsplit("/", 1)[-1]
-    return next((of_verl[key] for key in of_verl if name.startswith(key)), ppo), reduce
+    return of_verl.get(loss_of_verl(case), ppo), reduce
+
+
+def loss_of_verl(case: Case) -> str:
+    """verl's functions are named after their losses; cases that do not say so have the name."""
+    _, found, name = case.source.rpartition("compute_policy_loss_")
+    return name if found else case.convention or case.id.rsplit("/", 1)[-1]

@@ -98,7 +98,7 @@ def given_filters(case: Case) -> list[sampling.Filter]:
     top_p = partial(sampling.top_p, keep_crossing=case.peer != "lmhp-openai")
     named = [
         partial(sampling.temper, temperature=inputs.get("temperature")),
-        partial(sampling.top_k, k=inputs.get("k")),
+        partial(sampling.top_k, k=inputs.get("k") or None),
         partial(top_p, p=inputs.get("p")),
     ]
     return [filter_ for filter_ in named if None not in filter_.keywords.values()]

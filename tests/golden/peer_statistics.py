@@ -62,9 +62,8 @@ def running_moments(case: Case) -> Given:
 
 
 def aggregate_loss(case: Case) -> Given:
-    """Tunix has a second form, without a name, that counts empty rows."""
-    count_empty = case.peer == "tunix" and not case.convention
-    reduce = reduction(case, count_empty=count_empty)
+    """Tunix has a second form, of the same name, that counts empty rows."""
+    reduce = reduction(case, count_empty="reduced" in case.id + case.source)
     return {"loss": reduce(case.inputs["loss"], case.inputs["mask"])}
 
 
@@ -157,7 +156,9 @@ def token_rewards(case: Case) -> Given:
     scores = floats(inputs["token_level_scores"])
     measured = reductions.sequence_mean(estimate, mask, count_empty=True)
     return {
-        "rewards": advantages.penalize_kl(scores, estimate, mask, kl_coef=kl_coef),
+        "rewards": advantages.penalize_kl(
+            scores, masked.fill(estimate, mask), everywhere, kl_coef=kl_coef
+        ),
         "kl_for_controller": measured,
         "kl_coef_after": kl.adaptive_coef(
             kl_coef,
@@ -292,7 +293,9 @@ def ppo_rollout_to_advantage(case: Case) -> Given:
     if case.peer == "alpaca_farm":
         estimate = kl.k1(new, ref)
         estimate = masked.fill(estimate, estimate > 0)
-        placed = advantages.score_at_end(scores, inputs["responses"] != inputs["pad_id"])
+        lengths = sequences.lengths(jnp.asarray(inputs["responses"] != inputs["pad_id"]))
+        up_to_end = sequences.mask_of_lengths(lengths, size=values.shape[-1])
+        placed = advantages.score_at_end(scores, up_to_end)
         rewards = advantages.penalize_kl(placed, estimate, everywhere, kl_coef=kl_coef)
         extra = {"shaped_rewards": rewards, "kl": estimate}
         options = {"eps": 0.0, "std_eps": 1e-8}
