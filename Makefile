@@ -16,6 +16,9 @@ help: ## print this list
 demo: $(READY) ## train on generated text; results in runs/demo
 	$(RUN) experiments/sentiment.py --out runs/demo
 
+# Most of the time goes into compiling small programs that run once: without LLVM's optimisation a
+# quarter less. XLA's own passes, which could change what a program means, are as for users.
+test: export XLA_FLAGS += --xla_backend_optimization_level=0
 test: $(READY) ## formatting, lint, types, all tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
