@@ -118,7 +118,6 @@ NUMBERS: dict[str, Any] = {
     "num_samples": 8,
     "num_segments": 2,
     "num_steps": 2,
-    "num_tokens": 3,
     "p": 0.7,
     "pad_token": 0,
     "penalty": 1.5,

@@ -102,7 +102,7 @@ def leave_one_out(
       Ahmadian et al. 2024, Back to Basics, eq. 8; Kool et al. 2019.
     """
     scores, same, mask = _groups(scores, group_ids, mask)
-    others = same & ~jnp.eye(same.shape[-1], dtype=bool)
+    others = _others(same)
     return _minus(scores, _mean(scores, others), same, mask, keep_singletons)
 
 
@@ -157,9 +157,9 @@ def gpg(
     References:
       Chu et al. 2025, GPG: Group Policy Gradient; α as in verl.
     """
-    relative = group_relative(scores, group_ids, mask, keep_singletons=keep_singletons)
-    filled, _, mask = _groups(scores, group_ids, mask)
-    return relative * mask.sum() / jnp.maximum(jnp.count_nonzero(filled), 1)
+    scores, same, mask = _groups(scores, group_ids, mask)
+    relative = _minus(scores, _mean(scores, same), same, mask, keep_singletons)
+    return relative * mask.sum() / jnp.maximum(jnp.count_nonzero(scores), 1)
 
 
 def pass_at_k(scores: Array, group_ids: Array, mask: Array | None = None) -> Array:
@@ -180,7 +180,7 @@ def pass_at_k(scores: Array, group_ids: Array, mask: Array | None = None) -> Arr
       Tang et al. 2025, Optimizing Language Models for Inference Time Objectives, as in verl.
     """
     scores, same, _ = _groups(scores, group_ids, mask)
-    others = same & ~jnp.eye(same.shape[-1], dtype=bool)
+    others = _others(same)
     best = jnp.where(others, scores, -jnp.inf).max(-1)
     return jnp.where(others.any(-1), jnp.maximum(scores - best, 0.0), 0.0)
 
@@ -231,6 +231,10 @@ def _groups(scores: Array, group_ids: Array, mask: Array | None) -> tuple[Array,
     chex.assert_type([group_ids, mask], [int, bool])
     same = (group_ids[:, None] == group_ids) & mask[:, None] & mask
     return masked.fill(scores, mask), same, mask
+
+
+def _others(same: Array) -> Array:
+    return same & ~jnp.eye(same.shape[-1], dtype=bool)
 
 
 def _sum(x: Array, same: Array) -> Array:

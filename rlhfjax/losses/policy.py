@@ -246,7 +246,7 @@ def policy_gradient(
     weights: float | Array = 1.0,
     reduce: Reduction = masked.mean,
 ) -> Loss:
-    """-A·log π: REINFORCE, the gradient of every other loss on the policy that sampled.
+    """-A·log π: REINFORCE, the gradient that the losses of ratios have on the policy that sampled.
 
     Args:
       log_probs: [..., T] under the policy that is trained.

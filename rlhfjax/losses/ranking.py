@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from rlhfjax import masked
+from rlhfjax.losses import _pairs
 from rlhfjax.types import Loss, Reduction
 
 # Of candidates that are not real. Finite, since a row of -inf has no softmax.
@@ -45,7 +46,7 @@ def plackett_luce(
     References:
       Plackett 1975, The Analysis of Permutations; Luce 1959, Individual Choice Behavior.
     """
-    mask = jnp.ones(scores.shape, bool) if mask is None else mask
+    mask = _pairs.all_real(scores) if mask is None else mask
     filled = masked.fill(scores, mask, value=_LOWEST)
     log_rest = jax.lax.cumlogsumexp(filled, axis=filled.ndim - 1, reverse=True)
     loss = masked.sum(log_rest - filled, mask, axis=-1)
@@ -77,7 +78,7 @@ def best_of_n(
     References:
       Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, eq. 1.
     """
-    mask = jnp.ones(scores.shape, bool) if mask is None else mask
+    mask = _pairs.all_real(scores) if mask is None else mask
     chex.assert_equal_shape([scores, mask])
     chex.assert_shape(best, scores.shape[:-1])
     chex.assert_type([best, mask], [int, bool])
@@ -104,7 +105,7 @@ def ranked_pairs(ranked: Array, mask: Array | None = None) -> tuple[Array, Array
     Raises:
       AssertionError: shapes differ or `mask` is not bool.
     """
-    mask = jnp.ones(ranked.shape, bool) if mask is None else mask
+    mask = _pairs.all_real(ranked) if mask is None else mask
     chex.assert_equal_shape([ranked, mask])
     chex.assert_type(mask, bool)
     ranked = jnp.where(mask, ranked, 0)

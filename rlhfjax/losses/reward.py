@@ -48,7 +48,7 @@ def pairwise(
       Secrets of RLHF in LLMs, part II (label smoothing); Eisenstein et al. 2023, Helping or
       Herding?, appendix (centring); Köpf et al. 2023, OpenAssistant Conversations (its code: L2).
     """
-    mask = _all_real(chosen_scores) if mask is None else mask
+    mask = _pairs.all_real(chosen_scores) if mask is None else mask
     chex.assert_equal_shape([chosen_scores, rejected_scores, mask])
     chosen, rejected = masked.fill(chosen_scores, mask), masked.fill(rejected_scores, mask)
     margin = jax.lax.stop_gradient(jnp.where(mask, margin, 0))
@@ -87,7 +87,7 @@ def rating(
     References:
       Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences (its released code).
     """
-    mask = _all_real(scores) if mask is None else mask
+    mask = _pairs.all_real(scores) if mask is None else mask
     chex.assert_equal_shape([scores, ratings, mask])
     error = jax.lax.stop_gradient(masked.fill(ratings, mask)) - masked.fill(scores, mask)
     return reduce(jnp.square(error), mask), {}
@@ -122,7 +122,7 @@ def comparison(
     References:
       Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences (its released code).
     """
-    mask = _all_real(first_scores) if mask is None else mask
+    mask = _pairs.all_real(first_scores) if mask is None else mask
     chex.assert_equal_shape([first_scores, second_scores, differences, mask])
     given = masked.fill(second_scores, mask) - masked.fill(first_scores, mask)
     error = jax.lax.stop_gradient(masked.fill(differences, mask)) - given
@@ -150,7 +150,7 @@ def classifier(
     Raises:
       AssertionError: shapes differ or `mask` is not bool.
     """
-    mask = _all_real(scores) if mask is None else mask
+    mask = _pairs.all_real(scores) if mask is None else mask
     chex.assert_equal_shape([scores, labels, mask])
     scores, labels = masked.fill(scores, mask), jax.lax.stop_gradient(masked.fill(labels, mask))
     accuracy = masked.mean((scores > 0) == (labels > 0.5), mask)
@@ -213,7 +213,7 @@ def ordinal(
     References:
       McCullagh 1980, Regression Models for Ordinal Data.
     """
-    mask = _all_real(scores) if mask is None else mask
+    mask = _pairs.all_real(scores) if mask is None else mask
     chex.assert_equal_shape([scores, levels, mask])
     chex.assert_type([levels, mask], [int, bool])
     chex.assert_rank(thresholds, 1)
@@ -234,7 +234,3 @@ def ordinal(
     )
     within = (~has_lower | (scores > lower)) & (~has_upper | (scores <= upper))
     return reduce(-log_p, mask), {"accuracy": jax.lax.stop_gradient(masked.mean(within, mask))}
-
-
-def _all_real(scores: Array) -> Array:
-    return jnp.ones(scores.shape, bool)

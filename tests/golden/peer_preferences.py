@@ -41,10 +41,6 @@ def everywhere(like: Any) -> jax.Array:
     return jnp.ones(np.shape(like), bool)
 
 
-def asked(case: Case, given: dict[str, Any]) -> Given:
-    return {name: given[name] for name in case.expected if name in given}
-
-
 def halves(x: Any) -> tuple[Any, Any]:
     middle = len(x) // 2
     return x[:middle], x[middle:]
@@ -91,7 +87,7 @@ def dpo_loss(case: Case) -> Given:
         "reward_margin_mean": metrics["rewards/margins"],
         "accuracy": metrics["rewards/accuracies"],
     }
-    return asked(case, given)
+    return given
 
 
 def trl_loss(
@@ -151,7 +147,7 @@ def dpo_loss_token_level(case: Case) -> Given:
         "reward_rejected_mean": metrics["rewards/rejected"],
         "accuracy": metrics["rewards/accuracies"],
     }
-    return asked(case, given)
+    return given
 
 
 def halos_token_level(case: Case) -> Given:
@@ -201,7 +197,7 @@ def dpo_loss_from_logits(case: Case) -> Given:
         "entropy": masked.mean(entropies, mask),
         "token_accuracy": masked.mean(halves(logits.argmax(-1) == targets)[0], chosen_mask),
     }
-    return asked(case, given)
+    return given
 
 
 def simpo_loss_token_level(case: Case) -> Given:
@@ -282,7 +278,7 @@ def orpo_odds_ratio(case: Case) -> Given:
         "grad_chosen": grads[0],
         "grad_rejected": grads[1],
     }
-    return asked(case, given)
+    return given
 
 
 def orpo_loss_from_logits(case: Case) -> Given:
@@ -345,7 +341,7 @@ def orpo_loss(case: Case) -> Given:
         "grad_policy_rejected": grads[1],
         **extra,
     }
-    return asked(case, given)
+    return given
 
 
 def kto_loss(case: Case) -> Given:
@@ -378,7 +374,7 @@ def kto_loss(case: Case) -> Given:
         "chosen_rewards": implicit[desirable],
         "rejected_rewards": implicit[~desirable],
     }
-    return asked(case, given)
+    return given
 
 
 def kto_loss_paired(case: Case) -> Given:

@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import zip_longest
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,6 @@ from rlhfjax import log_probs, masked, sampling, sequences
 from rlhfjax.losses import policy, ranking, reductions, reward, selection, supervised
 
 by_row = partial(masked.mean, axis=-1)
-
-
-def asked(case: Case, **given: Any) -> Given:
-    """What the case asks for; everything where the peer raised."""
-    return {name: given[name] for name in case.expected if name in given} or given
 
 
 def pairwise_reward_loss(case: Case) -> Given:
@@ -37,7 +31,7 @@ def pairwise_reward_loss(case: Case) -> Given:
     (loss, metrics), grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
         chosen, rejected
     )
-    return asked(case, loss=loss, **metrics, grad_chosen=grads[0], grad_rejected=grads[1])
+    return {"loss": loss, **metrics, "grad_chosen": grads[0], "grad_rejected": grads[1]}
 
 
 def kwise_ranking_loss(case: Case) -> Given:
@@ -85,11 +79,10 @@ def filtered(case: Case, *filters: sampling.Filter) -> Given:
     logits = sampling.chain(*filters)(jnp.asarray(case.inputs["logits"]))
     kept = jnp.isfinite(logits)
     value = -1e10 if case.peer == "lmhp-openai" else -jnp.inf
-    return asked(
-        case,
-        filtered=masked.fill(logits, kept, value=value),
-        kept_count=sequences.lengths(kept),
-    )
+    return {
+        "filtered": masked.fill(logits, kept, value=value),
+        "kept_count": sequences.lengths(kept),
+    }
 
 
 def given_filters(case: Case) -> list[sampling.Filter]:
@@ -139,7 +132,7 @@ def truncate_response(case: Case) -> Given:
     )
     # TRL's last token is the one before the first padding id, also where that ends the response.
     before_pad = sequences.mask_of_lengths(sequences.first_true(ids == pad), size=ids.shape[-1])
-    return asked(case, ids=ids, valid=valid, last_token_index=sequences.last_true(before_pad))
+    return {"ids": ids, "valid": valid, "last_token_index": sequences.last_true(before_pad)}
 
 
 def first_true_indices(case: Case) -> Given:
@@ -168,7 +161,7 @@ def completion_logprobs(case: Case) -> Given:
         inputs["input_ids"][:, -length:],
         temperature=inputs.get("temperature", 1.0),
     )
-    return asked(case, logprobs=values, entropy=entropy)
+    return {"logprobs": values, "entropy": entropy}
 
 
 def logprobs_from_logits(case: Case) -> Given:
