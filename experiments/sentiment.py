@@ -404,7 +404,8 @@ def train_reward(
     with progress(num_updates, "reward") as advance:
         for epoch in batches:
             for (chosen, chosen_mask), (rejected, rejected_mask) in epoch:
-                batch = PreferenceBatch(chosen, chosen_mask, rejected, rejected_mask)
+                none = chosen[:, :0], chosen_mask[:, :0]
+                batch = PreferenceBatch(*none, chosen, chosen_mask, rejected, rejected_mask)
                 state, metrics = step(state, batch)
                 row = log.write("reward", int(state.step), metrics)
                 advance(loss=row["loss"], accuracy=row["accuracy"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 Params = Any
@@ -95,16 +96,43 @@ class Rollout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Pairs of texts of which the first was preferred.
+    """Pairs of responses to prompts, of which the first was preferred.
+
+    A row without a token in either response is no pair and counts nowhere.
 
     Attributes:
-      chosen: [B, S] int32.
-      chosen_mask: [B, S] bool, True at real tokens.
-      rejected: [B, S] int32.
-      rejected_mask: [B, S] bool; a row without any real token is no pair and counts nowhere.
+      prompts: [B, P] int32, left-padded; P = 0 where there are none.
+      prompt_mask: [B, P] bool, True at real tokens.
+      chosen: [B, T] int32, right-padded, as long as `rejected`.
+      chosen_mask: [B, T] bool.
+      rejected: [B, T] int32, right-padded.
+      rejected_mask: [B, T] bool.
+      chosen_probs: [B] float32, the probability that the chosen response is the better one; None
+        where the labels are taken for certain.
     """
 
+    prompts: Array
+    prompt_mask: Array
     chosen: Array
     chosen_mask: Array
     rejected: Array
     rejected_mask: Array
+    chosen_probs: Array | None = None
+
+    @property
+    def pairs(self) -> Array:
+        """[B] bool, the rows that are pairs."""
+        return self.chosen_mask.any(1) & self.rejected_mask.any(1)
+
+    @property
+    def sequences(self) -> tuple[Array, Array]:
+        """[2·B, P + T] tokens and mask of prompts with responses, those with the chosen first."""
+
+        def whole(prompts: Array, chosen: Array, rejected: Array) -> Array:
+            responses = jnp.concatenate([chosen, rejected])
+            return jnp.concatenate([jnp.tile(prompts, (2, 1)), responses], axis=1)
+
+        return (
+            whole(self.prompts, self.chosen, self.rejected),
+            whole(self.prompt_mask, self.chosen_mask, self.rejected_mask),
+        )

@@ -8,8 +8,7 @@ phase before it returned, and can be replaced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,13 @@ import optax
 from jax import Array
 
 from rlhfjax import advantages, kl, masked, rollout, sampling
+from rlhfjax.algorithms import iteration
+from rlhfjax.algorithms.iteration import Metrics
+from rlhfjax.algorithms.train_state import descend
 from rlhfjax.log_probs import response_inputs, response_log_probs, token_log_probs_and_entropy
 from rlhfjax.losses import policy, value
 from rlhfjax.models.actor_critic import ActorCritic
 from rlhfjax.types import Params, Rollout
-
-Metrics = dict[str, Array]
-Reward = Callable[[Params, Rollout], Array]
-Learned = tuple[Params, optax.OptState]
 
 
 @dataclass(frozen=True)
@@ -138,11 +136,6 @@ def init(
     return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0), beta)
 
 
-def _keys(state: State) -> tuple[Array, Array]:
-    sample_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    return sample_key, shuffle_key
-
-
 def sample(
     state: State,
     prompts: Array,
@@ -171,7 +164,7 @@ def sample(
         state.params["policy"],
         prompts,
         prompt_mask,
-        _keys(state)[0],
+        iteration.keys(state)[0],
         num_tokens=config.num_tokens,
         pad_token=config.pad_token,
         end_token=config.end_token,
@@ -208,10 +201,8 @@ def experience(
       the experience, and the `objective/…` metrics.
     """
     num_tokens = samples.response_mask.shape[1]
-    scored = jnp.isfinite(scores)
-    scores = jnp.where(scored, scores, 0.0)
-    mask = samples.response_mask & scored[:, None]
-    samples = replace(samples, response_mask=mask)
+    samples, scores = iteration.leave_out_unscored(samples, scores)
+    mask = samples.response_mask
     inputs = response_inputs(samples.tokens, samples.attention_mask, num_tokens)
     values = samples.values
     if values is None:
@@ -229,17 +220,7 @@ def experience(
     token_advantages, returns = advantages.gae(
         rewards, values, mask, gamma=hyper.gamma, gae_lambda=hyper.gae_lambda
     )
-    mean_kl = masked.mean(divergence.sum(1), scored)
-    mean_score = masked.mean(scores, scored)
-    metrics = {
-        "objective/kl": mean_kl,
-        "objective/entropy": masked.mean(masked.sum(-samples.log_probs, mask, axis=1), scored),
-        "objective/non_score_reward": -kl_coef * mean_kl,
-        "objective/rlhf_reward": mean_score - kl_coef * mean_kl,
-        "objective/scores": mean_score,
-        "objective/kl_coef": kl_coef,
-        "val/num_unscored": (~scored).sum(),
-    }
+    metrics = iteration.objective_metrics(samples, scores, divergence, kl_coef)
     whitened = masked.whiten(token_advantages, mask)
     return Experience(samples, values, whitened, returns), metrics
 
@@ -321,27 +302,18 @@ def learn(
     Raises:
       ValueError: the minibatches do not divide the batch.
     """
-    batch, parts = samples.tokens.shape[0], config.num_minibatches
-    if batch % parts:
-        raise ValueError(
-            f"a batch of {batch} does not divide into num_minibatches={parts}: "
-            "choose a divisor, or another number of prompts"
-        )
     data, metrics = experience(
         state.params, samples, scores, ref_params, hyper, state.kl_coef, model=model
     )
-
-    def update(carry: Learned, rows: Array) -> tuple[Learned, Metrics]:
-        params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[rows], data)
-        grads, measured = jax.grad(loss, has_aux=True)(params, minibatch, hyper, model=model)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), measured
-
-    epoch_keys = jax.random.split(_keys(state)[1], config.num_epochs)
-    rows = jax.vmap(lambda key: jax.random.permutation(key, batch))(epoch_keys)
-    (params, opt_state), measured = jax.lax.scan(
-        update, (state.params, state.opt_state), rows.reshape(-1, batch // parts)
+    params, opt_state, measured = descend(
+        lambda params, minibatch: loss(params, minibatch, hyper, model=model),
+        state.params,
+        state.opt_state,
+        data,
+        iteration.keys(state)[1],
+        optimizer=optimizer,
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
     )
     ratio_error = measured.pop("ratio_error")
     metrics |= {name: x.mean() for name, x in measured.items()}
@@ -354,63 +326,9 @@ def learn(
         metrics["objective/kl"],
         target=hyper.kl_target,
         horizon=hyper.kl_horizon,
-        num_samples=batch,
+        num_samples=len(scores),
     )
     return State(params, opt_state, state.key, state.step + 1, kl_coef), metrics
 
 
-def make_step(
-    model: ActorCritic,
-    reward: Reward,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-) -> Callable[..., tuple[State, Metrics]]:
-    """A whole iteration as one compiled program, to scan over iterations or vmap over seeds.
-
-    Args:
-      model: policy and value function.
-      reward: `(reward_params, rollout) -> scores [B]`, pure.
-      optimizer: any optax optimiser; one update a minibatch.
-      config: what is static.
-
-    Returns:
-      `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)`.
-      The state is donated.
-    """
-
-    draw = partial(sample, model=model, config=config)
-    update = partial(learn, model=model, optimizer=optimizer, config=config)
-
-    def step(
-        state: State,
-        prompts: Array,
-        prompt_mask: Array,
-        ref_params: Params,
-        reward_params: Params,
-        hyper: Hyperparameters,
-    ) -> tuple[State, Metrics]:
-        samples = draw(state, prompts, prompt_mask, hyper)
-        return update(state, samples, reward(reward_params, samples), ref_params, hyper)
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def make_halves(
-    model: ActorCritic, optimizer: optax.GradientTransformation, config: Config
-) -> tuple[Callable[..., Rollout], Callable[..., tuple[State, Metrics]]]:
-    """The same iteration as two compiled programs, for a reward that runs in Python.
-
-    Args:
-      model: policy and value function.
-      optimizer: any optax optimiser.
-      config: what is static.
-
-    Returns:
-      `sample(state, prompts, prompt_mask, hyper) -> rollout` and
-      `learn(state, rollout, scores, ref_params, hyper) -> (state, metrics)`, which donates the
-      state. `rewards.call` turns a Python function's answer into scores.
-    """
-
-    draw = partial(sample, model=model, config=config)
-    update = partial(learn, model=model, optimizer=optimizer, config=config)
-    return jax.jit(draw), jax.jit(update, donate_argnums=0)
+make_step, make_halves = iteration.makers(sample, learn)

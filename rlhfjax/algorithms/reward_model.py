@@ -40,7 +40,7 @@ def score(
 
 
 def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Array, Metrics]:
-    """-mean over pairs of log σ(score(chosen) - score(rejected)).
+    """-mean over pairs of log σ(score(chosen) - score(rejected)); of both orders at soft labels.
 
     Args:
       params: the reward model's parameters.
@@ -54,17 +54,11 @@ def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Ar
     References:
       Bradley and Terry 1952; Stiennon et al. 2020, Learning to Summarize from Human Feedback.
     """
-    both = jnp.concatenate
-    scores = score(
-        model,
-        params,
-        both([batch.chosen, batch.rejected]),
-        both([batch.chosen_mask, batch.rejected_mask]),
-    )
+    scores = score(model, params, *batch.sequences, first=batch.prompts.shape[1])
     chosen, rejected = jnp.split(scores, 2)
-    pairs = batch.chosen_mask.any(1) & batch.rejected_mask.any(1)
-    value, metrics = reward.pairwise(chosen, rejected, mask=pairs)
-    every = both([pairs, pairs])
+    certain = 1.0 if batch.chosen_probs is None else batch.chosen_probs
+    value, metrics = reward.pairwise(chosen, rejected, batch.pairs, preference=certain)
+    every = jnp.tile(batch.pairs, 2)
     metrics |= {
         "loss": value,
         "min_reward": jnp.where(every, scores, jnp.inf).min(),

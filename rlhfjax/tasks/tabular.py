@@ -15,7 +15,7 @@ from jax import Array
 
 from rlhfjax import kl, masked
 from rlhfjax.log_probs import response_log_probs
-from rlhfjax.types import LanguageModel, Params
+from rlhfjax.types import LanguageModel, Params, Rollout, ScalarModel
 
 
 @jax.tree_util.register_dataclass
@@ -80,17 +80,8 @@ def logit_table(*, num_prompts: int, vocab_size: int, length: int) -> LanguageMo
         # A whole response is no prefix: it has no row, and nobody asks for what follows it.
         return params["logits"].at[prompt, prefix].get(mode="fill", fill_value=0.0)
 
-    def extended(prefix: Array, token: Array) -> Array:
-        return prefix * vocab_size + 1 + token
-
     def hidden(params: Params, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
-        def step(prefix: Array, token: Array) -> tuple[Array, Array]:
-            prefix = extended(prefix, token)
-            return prefix, prefix
-
-        prompt, empty = start(tokens[:, :num_digits])
-        _, prefixes = jax.lax.scan(step, empty, tokens[:, num_digits:].T)
-        prefixes = jnp.concatenate([empty[None], prefixes]).T
+        prompt, prefixes = _prefixes(tokens, num_digits, vocab_size)
         states = rows(params, prompt[:, None], prefixes)
         return jnp.pad(states, ((0, 0), (num_digits - 1, 0), (0, 0)))[:, first:]
 
@@ -106,7 +97,7 @@ def logit_table(*, num_prompts: int, vocab_size: int, length: int) -> LanguageMo
     def decode(
         params: Params, cache: tuple[Array, Array], tokens: Array
     ) -> tuple[Array, tuple[Array, Array]]:
-        prompt, prefix = cache[0], extended(cache[1], tokens)
+        prompt, prefix = cache[0], _extended(cache[1], tokens, vocab_size)
         return rows(params, prompt, prefix), (prompt, prefix)
 
     def logits(params: Params, hidden: Array) -> Array:
@@ -115,6 +106,33 @@ def logit_table(*, num_prompts: int, vocab_size: int, length: int) -> LanguageMo
     return LanguageModel(
         init, hidden, prefill, decode, logits, vocab_size, context_length=num_digits + length
     )
+
+
+def value_table(*, num_prompts: int, vocab_size: int, length: int) -> ScalarModel:
+    """The value function that can be anything: one number for every prompt and prefix.
+
+    Its parameters are `{"values": [P, M]}`, all 0, with the prefixes of `logit_table`.
+
+    Args:
+      num_prompts: P.
+      vocab_size: V.
+      length: T.
+
+    Returns:
+      a `ScalarModel`.
+    """
+    num_digits = _num_digits(num_prompts, vocab_size)
+    num_prefixes = (vocab_size**length - 1) // (vocab_size - 1)
+
+    def init(key: Array) -> Params:
+        return {"values": jnp.zeros((num_prompts, num_prefixes))}
+
+    def values(params: Params, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
+        prompt, prefixes = _prefixes(tokens, num_digits, vocab_size)
+        found = params["values"].at[prompt[:, None], prefixes].get(mode="fill", fill_value=0.0)
+        return jnp.pad(found, ((0, 0), (num_digits - 1, 0)))[:, first:]
+
+    return ScalarModel(init, values)
 
 
 def log_probs(model: LanguageModel, params: Params, task: Task) -> Array:
@@ -149,6 +167,22 @@ def token_log_probs(model: LanguageModel, params: Params, task: Task) -> Array:
     tokens = jnp.concatenate([prompts, responses], axis=-1).reshape(-1, whole[2])
     scored, _ = response_log_probs(model, params, tokens, jnp.ones(tokens.shape, bool), length)
     return scored.reshape(num_prompts, num_responses, length)
+
+
+def score(task: Task, samples: Rollout) -> Array:
+    """The reward of sampled responses.
+
+    Args:
+      task: the rewards.
+      samples: responses of T tokens to the task's prompts.
+
+    Returns:
+      [B] float32.
+    """
+    num_responses, length = task.responses.shape
+    vocab_size = round(num_responses ** (1 / length))
+    prompt, response = (_number(x, vocab_size) for x in (samples.prompts, samples.responses))
+    return task.rewards[prompt, response]
 
 
 def expected_reward(log_probs: Array, task: Task) -> Array:
@@ -218,6 +252,23 @@ def _num_digits(num_prompts: int, vocab_size: int) -> int:
     while vocab_size**num_digits < num_prompts:
         num_digits += 1
     return num_digits
+
+
+def _extended(prefix: Array, token: Array, vocab_size: int) -> Array:
+    return prefix * vocab_size + 1 + token
+
+
+def _prefixes(tokens: Array, num_digits: int, vocab_size: int) -> tuple[Array, Array]:
+    """Prompts [B], and [B, T + 1] prefixes from the empty one to the whole response."""
+
+    def step(prefix: Array, token: Array) -> tuple[Array, Array]:
+        prefix = _extended(prefix, token, vocab_size)
+        return prefix, prefix
+
+    empty = jnp.zeros(len(tokens), jnp.int32)
+    _, prefixes = jax.lax.scan(step, empty, tokens[:, num_digits:].T)
+    prefixes = jnp.concatenate([empty[None], prefixes]).T
+    return _number(tokens[:, :num_digits], vocab_size), prefixes
 
 
 def _digits(numbers: Array, base: int, num_digits: int) -> Array:

@@ -349,7 +349,7 @@ class TestBatchesThatDoNotDivide:
         step = ppo.make_step(
             separate.model, count_threes, OPTIMIZER, replace(CONFIG, num_minibatches=parts)
         )
-        with pytest.raises(ValueError, match=f"batch of {B} .* num_minibatches={parts}"):
+        with pytest.raises(ValueError, match=f"{B} rows .* num_minibatches={parts}"):
             separate._replace(step=step).advance(separate.start())
 
 

@@ -21,7 +21,8 @@ CHOSEN, REJECTED = RNG.integers(0, V, (2, B, S)).astype(np.int32)
 # The fourth pair lacks one side and the fifth both.
 CHOSEN_MASK = np.arange(S) < np.array([7, 3, 5, 4, 0])[:, None]
 REJECTED_MASK = np.arange(S) < np.array([2, 6, 5, 0, 0])[:, None]
-BATCH = PreferenceBatch(CHOSEN, CHOSEN_MASK, REJECTED, REJECTED_MASK)
+NONE = CHOSEN[:, :0], CHOSEN_MASK[:, :0]
+BATCH = PreferenceBatch(*NONE, CHOSEN, CHOSEN_MASK, REJECTED, REJECTED_MASK)
 NAMES = {"loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"}
 
 
@@ -35,8 +36,8 @@ def loss_and_grads(params, batch):
     return jax.value_and_grad(reward_model.loss, has_aux=True)(params, MODEL, batch)
 
 
-def rows(batch: PreferenceBatch, count: int) -> PreferenceBatch:
-    return jax.tree.map(lambda x: x[:count], batch)
+def rows(batch: PreferenceBatch, count: int, first: int = 0) -> PreferenceBatch:
+    return jax.tree.map(lambda x: x[first : first + count], batch)
 
 
 class TestLoss:
@@ -78,8 +79,41 @@ class TestLoss:
         filled, alone = loss_and_grads(params, BATCH), loss_and_grads(params, rows(BATCH, 3))
         assert_close(filled, alone, atol=1e-5)
 
+    def test_prompts_stand_before_both_responses(self, params) -> None:
+        cut = 2
+        split = PreferenceBatch(
+            *(x[:3, :cut] for x in (CHOSEN, CHOSEN_MASK)),
+            *(x[:3, cut:] for x in (CHOSEN, CHOSEN_MASK, REJECTED, REJECTED_MASK)),
+        )
+        rejected = np.concatenate([CHOSEN[:3, :cut], REJECTED[:3, cut:]], axis=1)
+        mask = np.concatenate([CHOSEN_MASK[:3, :cut], REJECTED_MASK[:3, cut:]], axis=1)
+        whole = PreferenceBatch(*(x[:3] for x in NONE), CHOSEN[:3], CHOSEN_MASK[:3], rejected, mask)
+        assert_close(
+            loss_and_grads(params, rows(split, 2, first=1)),
+            loss_and_grads(params, rows(whole, 2, first=1)),
+            atol=1e-5,
+        )
+
+    def test_a_soft_label_is_both_orders(self, params) -> None:
+        batch = rows(BATCH, 3)
+        swapped = replace(
+            batch,
+            chosen=batch.rejected,
+            chosen_mask=batch.rejected_mask,
+            rejected=batch.chosen,
+            rejected_mask=batch.chosen_mask,
+        )
+        probs = np.float32([0.9, 0.5, 0.2])
+        soft = loss_and_grads(params, replace(batch, chosen_probs=probs))[0][0]
+        each = [
+            [loss_and_grads(params, rows(side, 1, first=i))[0][0] for i in range(3)]
+            for side in (batch, swapped)
+        ]
+        expected = np.mean(probs * np.array(each[0]) + (1 - probs) * np.array(each[1]))
+        assert soft == pytest.approx(expected, rel=1e-5)
+
     def test_equal_texts_are_a_coin_toss(self, params) -> None:
-        same = PreferenceBatch(CHOSEN, CHOSEN_MASK, CHOSEN, CHOSEN_MASK)
+        same = PreferenceBatch(*NONE, CHOSEN, CHOSEN_MASK, CHOSEN, CHOSEN_MASK)
         (loss, metrics), _ = loss_and_grads(params, same)
         assert loss == pytest.approx(np.log(2), rel=1e-6)
         assert metrics["margin"] == 0.0
@@ -113,7 +147,8 @@ class TestStep:
             for side, token in ((0, 3), (1, 4)):
                 texts[side, np.arange(16), ends[side] - 1] = token
             mask = np.arange(S) < ends[..., None]
-            return PreferenceBatch(texts[0], mask[0], texts[1], mask[1])
+            none = texts[0, :, :0], mask[0, :, :0]
+            return PreferenceBatch(*none, texts[0], mask[0], texts[1], mask[1])
 
         losses = []
         for seed in range(60):

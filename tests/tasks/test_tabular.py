@@ -51,6 +51,8 @@ def test_what_is_sampled_has_the_log_probabilities_of_the_enumeration() -> None:
         pad_token=0,
     )
     number = samples.responses @ np.array([9, 3, 1])
+    rewards = np.asarray(TASK.rewards)[np.repeat(np.arange(5), 40), number]
+    np.testing.assert_array_equal(tabular.score(TASK, samples), rewards)
     known = tabular.token_log_probs(MODEL, PARAMS, TASK)[np.repeat(np.arange(5), 40), number]
     np.testing.assert_allclose(samples.log_probs, known, atol=1e-6)
 
@@ -90,3 +92,14 @@ def test_preferences_are_bradley_terry() -> None:
     gap = float(TASK.rewards[2, 4] - TASK.rewards[2, 9])
     assert found[2, 4, 9] == pytest.approx(1 / (1 + np.exp(-gap)), rel=1e-6)
     np.testing.assert_allclose(found + found.swapaxes(1, 2), 1.0, rtol=1e-6)
+
+
+def test_the_value_table_gives_each_prefix_its_own_number() -> None:
+    model = tabular.value_table(**SIZES)
+    assert not np.any(model.init(jax.random.key(0))["values"])
+    table = np.arange(5 * 13.0).reshape(5, 13)
+    tokens = np.array([[1, 0, 2, 1, 0], [0, 2, 0, 0, 1]])  # prompts 3 and 2, responses 210 and 001
+    values = model.values({"values": jnp.asarray(table)}, tokens, np.ones((2, 5), bool), first=1)
+    # The empty prefix is 0, those of one token 1 to 3, that of tokens a, b is 4 + 3·a + b.
+    expected = [[table[3, 0], table[3, 3], table[3, 11]], [table[2, 0], table[2, 1], table[2, 4]]]
+    np.testing.assert_array_equal(values[:, :3], expected)

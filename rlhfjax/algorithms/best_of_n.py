@@ -1,0 +1,99 @@
+"""Best-of-n: the response with the highest score of n; nothing is trained.
+
+Its law is known exactly, `tasks.fixed_points.best_of_n`, and it is what to compare training with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhfjax import masked
+from rlhfjax.algorithms import critic_free
+from rlhfjax.algorithms.iteration import Metrics, Reward, State
+from rlhfjax.types import LanguageModel, Params, Rollout
+
+Config = critic_free.GroupConfig
+sample = critic_free.sample
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What is only a number; traced.
+
+    Attributes:
+      temperature: of sampling, and of every log-probability.
+    """
+
+    temperature: float | Array = 1.0
+    kl_coef = 0.0  # Not a field: nothing is penalised, a KL is only reported.
+
+
+def init(params: Params, key: Array) -> State:
+    """The state before the first step.
+
+    Args:
+      params: of the policy. Copied, because steps donate their state.
+      key: a typed key.
+
+    Returns:
+      a `State` without an optimiser; only its step ever changes.
+    """
+    return State(jax.tree.map(jnp.copy, params), (), jnp.copy(key), jnp.int32(0))
+
+
+def select(rows: Any, scores: Array, *, group_size: int) -> Any:
+    """The row of the highest score of each group; of equal ones the first.
+
+    Args:
+      rows: a tree of arrays with N·G rows each.
+      scores: [N·G]; one that is not finite is never chosen where another is.
+      group_size: G.
+
+    Returns:
+      the tree, N rows each.
+    """
+    grouped = jnp.where(jnp.isfinite(scores), scores, -jnp.inf).reshape(-1, group_size)
+    chosen = jnp.arange(len(grouped)) * group_size + grouped.argmax(1)
+    return jax.tree.map(lambda x: x[chosen], rows)
+
+
+def make_step(
+    model: LanguageModel, reward: Reward, config: Config
+) -> Callable[..., tuple[State, Rollout, Metrics]]:
+    """Sample, score, select, as one compiled program. With a Python reward, call the three.
+
+    Args:
+      model: the policy.
+      reward: `(reward_params, rollout) -> scores [N·G]`, pure.
+      config: what is static.
+
+    Returns:
+      `step(state, prompts, prompt_mask, reward_params, hyper) -> (state, rollout, metrics)`: the
+      best response to each prompt, and the mean scores of all and of the best. The state is
+      donated.
+    """
+
+    def step(
+        state: State,
+        prompts: Array,
+        prompt_mask: Array,
+        reward_params: Params,
+        hyper: Hyperparameters,
+    ) -> tuple[State, Rollout, Metrics]:
+        samples = sample(state, prompts, prompt_mask, hyper, model=model, config=config)
+        scores = reward(reward_params, samples)
+        best = select((samples, scores), scores, group_size=config.group_size)
+        metrics = {
+            "objective/scores": masked.mean(scores, jnp.isfinite(scores)),
+            "objective/best_scores": masked.mean(best[1], jnp.isfinite(best[1])),
+        }
+        return replace(state, step=state.step + 1), best[0], metrics
+
+    return jax.jit(step, donate_argnums=0)

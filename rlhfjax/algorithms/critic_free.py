@@ -1,0 +1,283 @@
+"""What the algorithms without a critic share: all but the advantages and the loss.
+
+An algorithm is two functions. `estimate(experience, hyper) -> experience` fills in `advantages`;
+`loss(log_probs [B, T], experience, hyper) -> (loss, metrics)` says how a minibatch is learned from.
+With them, `learn` is the second half of an iteration and `sample` the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rlhfjax import kl, masked, rollout, sampling
+from rlhfjax.algorithms import iteration
+from rlhfjax.algorithms.iteration import Metrics, State
+from rlhfjax.algorithms.train_state import descend
+from rlhfjax.log_probs import response_log_probs
+from rlhfjax.types import LanguageModel, Loss, Params, Rollout
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides shapes and loops; static.
+
+    Attributes:
+      num_tokens: T, length of responses.
+      pad_token: fills responses behind the end token.
+      end_token: ends a response; None: every response has T tokens.
+      group_size: G, responses to each prompt.
+      num_epochs: passes over each batch of rollouts.
+      num_minibatches: updates in each pass, of whole groups; must divide the number of prompts.
+      sampler: from logits and uniform numbers to tokens, see `rollout.generate`.
+    """
+
+    num_tokens: int
+    pad_token: int
+    end_token: int | None = None
+    group_size: int = 1
+    num_epochs: int = 1
+    num_minibatches: int = 1
+    sampler: Callable[[Array, Array], Array] = sampling.categorical
+
+
+@dataclass(frozen=True)
+class GroupConfig(Config):
+    """`Config` of the algorithms that compare the responses to a prompt: G is at least 2."""
+
+    group_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size={self.group_size}: responses to a prompt are compared with each "
+                "other, so at least 2 are needed"
+            )
+
+
+class Hyperparameters(Protocol):
+    """The numbers that every algorithm has."""
+
+    @property
+    def temperature(self) -> float | Array:
+        """Of sampling, and of every log-probability."""
+
+    @property
+    def kl_coef(self) -> float | Array:
+        """β, the weight of the divergence from the reference."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with all that the updates need to know about it.
+
+    Attributes:
+      rollout: N·G samples, those without a score not in its `response_mask`.
+      scores: [N·G], 0 where there is none.
+      ref_log_probs: [N·G, T] under the reference, 0 where masked.
+      advantages: [N·G] or [N·G, T], what the algorithm's loss reads.
+      group_size: G, static.
+    """
+
+    rollout: Rollout
+    scores: Array
+    ref_log_probs: Array
+    advantages: Array
+    group_size: int = field(metadata={"static": True})
+
+    @property
+    def mask(self) -> Array:
+        """[N·G, T] bool, the tokens to be learned from."""
+        return self.rollout.response_mask
+
+    @property
+    def scored(self) -> Array:
+        """[N·G] bool."""
+        return self.mask.any(1)
+
+    @property
+    def group_ids(self) -> Array:
+        """[N·G] int32, the number of the prompt."""
+        return jnp.arange(len(self.scores), dtype=jnp.int32) // self.group_size
+
+
+Estimate = Callable[[Experience, Any], Experience]
+ExperienceLoss = Callable[[Array, Experience, Any], Loss]
+
+
+def sample(
+    state: State,
+    prompts: Array,
+    prompt_mask: Array,
+    hyper: Hyperparameters,
+    *,
+    model: LanguageModel,
+    config: Config,
+) -> Rollout:
+    """The first phase: G responses of the current policy to each prompt, side by side.
+
+    Args:
+      state: the state at the start of the iteration.
+      prompts: [N, P] int32, left-padded.
+      prompt_mask: [N, P] bool.
+      hyper: the numbers.
+      model: the policy.
+      config: lengths and tokens.
+
+    Returns:
+      a `Rollout` of N·G rows.
+    """
+    return rollout.generate(
+        model,
+        state.params,
+        jnp.repeat(prompts, config.group_size, axis=0),
+        jnp.repeat(prompt_mask, config.group_size, axis=0),
+        iteration.keys(state)[0],
+        num_tokens=config.num_tokens,
+        pad_token=config.pad_token,
+        end_token=config.end_token,
+        temperature=hyper.temperature,
+        sampler=config.sampler,
+    )
+
+
+def experience(
+    samples: Rollout,
+    scores: Array,
+    ref_params: Params,
+    hyper: Hyperparameters,
+    *,
+    model: LanguageModel,
+    group_size: int,
+) -> Experience:
+    """The reference pass. A sample whose score is not finite is left out of everything.
+
+    Args:
+      samples: the rollout.
+      scores: [N·G]
+      ref_params: of the reference policy.
+      hyper: the numbers.
+      model: the policy.
+      group_size: G.
+
+    Returns:
+      the experience, its advantages still 0.
+    """
+    samples, scores = iteration.leave_out_unscored(samples, scores)
+    mask = samples.response_mask
+    ref_log_probs, _ = response_log_probs(
+        model,
+        ref_params,
+        samples.tokens,
+        samples.attention_mask,
+        mask.shape[1],
+        temperature=hyper.temperature,
+    )
+    ref_log_probs = masked.fill(ref_log_probs, mask)
+    return Experience(samples, scores, ref_log_probs, jnp.zeros(mask.shape), group_size)
+
+
+def learn(
+    state: State,
+    samples: Rollout,
+    scores: Array,
+    ref_params: Params,
+    hyper: Hyperparameters,
+    *,
+    estimate: Estimate,
+    loss: ExperienceLoss,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+) -> tuple[State, Metrics]:
+    """The last phase: experience, advantages, then epochs × minibatches of updates.
+
+    Args:
+      state: the state that `samples` was sampled from.
+      samples: the rollout.
+      scores: [N·G] what the reward says of it.
+      ref_params: of the reference policy.
+      hyper: the numbers.
+      estimate: fills in the advantages; may leave rows of each group out.
+      loss: of a minibatch.
+      model: the policy.
+      optimizer: the optimiser that made the state.
+      config: epochs, minibatches, group size.
+
+    Returns:
+      the next state and the metrics: `objective/…` of the samples, means over the updates of the
+      others, and `val/first_ratio_error`, the largest |π/π_old - 1| before the first update.
+
+    Raises:
+      ValueError: the minibatches do not divide the prompts.
+    """
+    batch = experience(
+        samples, scores, ref_params, hyper, model=model, group_size=config.group_size
+    )
+    batch = estimate(batch, hyper)
+    divergence = kl.k1(batch.rollout.log_probs, batch.ref_log_probs)
+    metrics = iteration.objective_metrics(batch.rollout, batch.scores, divergence, hyper.kl_coef)
+
+    def of_groups(params: Params, groups: Experience) -> Loss:
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
+        return _loss(params, rows, hyper, model=model, loss=loss)
+
+    num_prompts = len(scores) // config.group_size
+    groups = jax.tree.map(lambda x: x.reshape(num_prompts, -1, *x.shape[1:]), batch)
+    params, opt_state, measured = descend(
+        of_groups,
+        state.params,
+        state.opt_state,
+        groups,
+        iteration.keys(state)[1],
+        optimizer=optimizer,
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+    )
+    metrics["val/first_ratio_error"] = measured.pop("ratio_error")[0]
+    metrics |= {name: x.mean() for name, x in measured.items()}
+    return State(params, opt_state, state.key, state.step + 1), metrics
+
+
+_METRIC_NAMES = {
+    "approx_kl": "policy/approxkl_avg",
+    "clip_fraction": "policy/clipfrac_avg",
+    "ratio": "val/ratio",
+    "ratio_var": "val/ratio_var",
+}
+
+
+def _loss(
+    params: Params,
+    batch: Experience,
+    hyper: Hyperparameters,
+    *,
+    model: LanguageModel,
+    loss: ExperienceLoss,
+) -> Loss:
+    """The forward pass of a minibatch, the algorithm's loss, and what is measured of both."""
+    samples, mask = batch.rollout, batch.mask
+    log_probs, entropies = response_log_probs(
+        model,
+        params,
+        samples.tokens,
+        samples.attention_mask,
+        mask.shape[1],
+        temperature=hyper.temperature,
+    )
+    log_probs = masked.fill(log_probs, mask)
+    value, metrics = loss(log_probs, batch, hyper)
+    log_ratio = jax.lax.stop_gradient(log_probs) - masked.fill(samples.log_probs, mask)
+    metrics = {_METRIC_NAMES.get(name, name): x for name, x in metrics.items()} | {
+        "loss/policy_avg": value,
+        "policy/entropy_avg": masked.mean(entropies, mask),
+        "ratio_error": jnp.abs(jnp.expm1(log_ratio)).max(),
+    }
+    return value, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,190 @@
+"""What the direct methods share: the responses of a preference batch, soft labels, the step.
+
+A direct method is one function, `pair_loss(chosen, rejected, hyper, *, mask, weights)` of two
+`Responses`. There is no reward, and nothing is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rlhfjax import masked
+from rlhfjax.algorithms.train_state import TrainState, apply_gradients
+from rlhfjax.log_probs import response_log_probs
+from rlhfjax.losses import supervised
+from rlhfjax.types import LanguageModel, Loss, Params, PreferenceBatch
+
+Metrics = dict[str, Array]
+PairLoss = Callable[..., Loss]
+
+
+class Responses(NamedTuple):
+    """One side of the pairs, as the policy and the reference see it.
+
+    Attributes:
+      log_probs: [B, T] of the tokens under the policy, 0 where masked.
+      ref_log_probs: [B, T] under the reference; 0 where there is none.
+      mask: [B, T] bool.
+    """
+
+    log_probs: Array
+    ref_log_probs: Array
+    mask: Array
+
+    @property
+    def sums(self) -> tuple[Array, Array]:
+        """log π and log π_ref of whole responses, [B] each."""
+        return self.log_probs.sum(1), self.ref_log_probs.sum(1)
+
+    @property
+    def mean(self) -> Array:
+        """[B] log π / tokens."""
+        return masked.mean(self.log_probs, self.mask, axis=1)
+
+
+def responses(
+    params: Params, batch: PreferenceBatch, ref_params: Params | None, *, model: LanguageModel
+) -> tuple[Responses, Responses]:
+    """The chosen and the rejected responses, in one pass of each model.
+
+    Args:
+      params: of the policy.
+      batch: B pairs.
+      ref_params: of the reference; None for the methods that have none.
+      model: both models.
+
+    Returns:
+      chosen and rejected.
+    """
+    tokens, attention_mask = batch.sequences
+    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+
+    def under(params: Params) -> Array:
+        log_probs, _ = response_log_probs(model, params, tokens, attention_mask, mask.shape[1])
+        return masked.fill(log_probs, mask)
+
+    ref_log_probs = jnp.zeros(mask.shape) if ref_params is None else under(ref_params)
+    both = (under(params), jax.lax.stop_gradient(ref_log_probs), mask)
+    chosen, rejected = zip(*(jnp.split(x, 2) for x in both), strict=True)
+    return Responses(*chosen), Responses(*rejected)
+
+
+def both_orders(
+    pair_loss: PairLoss,
+    chosen: Responses,
+    rejected: Responses,
+    chosen_probs: Array | None = None,
+) -> Loss:
+    """p·loss(chosen, rejected) + (1 - p)·loss(rejected, chosen): labels that are probabilities.
+
+    Args:
+      pair_loss: `(chosen, rejected, *, mask, weights) -> (loss, metrics)`.
+      chosen: the responses that are preferred with probability p.
+      rejected: the others.
+      chosen_probs: [B] p; None for 1, at half the work.
+
+    Returns:
+      the loss, and the metrics of the first order, with TRL's `logps/chosen` and
+      `logps/rejected`, the mean log-probabilities of whole responses.
+    """
+    mask = chosen.mask.any(1) & rejected.mask.any(1)
+    weights = 1.0 if chosen_probs is None else chosen_probs
+    loss, metrics = pair_loss(chosen, rejected, mask=mask, weights=weights)
+    if chosen_probs is not None:
+        loss += pair_loss(rejected, chosen, mask=mask, weights=1.0 - chosen_probs)[0]
+    whole = {
+        "logps/chosen": masked.mean(chosen.sums[0], mask),
+        "logps/rejected": masked.mean(rejected.sums[0], mask),
+    }
+    return loss, metrics | jax.lax.stop_gradient(whole)
+
+
+def chosen_likelihood(chosen: Responses, mask: Array, weights: float | Array) -> Array:
+    """-log π of the chosen responses, the weighted mean over their tokens.
+
+    Args:
+      chosen: the responses.
+      mask: [B] bool, the rows that are pairs.
+      weights: of pairs, broadcastable to [B].
+
+    Returns:
+      scalar float32.
+    """
+    weights = jnp.broadcast_to(weights, mask.shape)[:, None]
+    return supervised.language_model(weights * chosen.log_probs, chosen.mask & mask[:, None])
+
+
+def loss(
+    params: Params,
+    batch: PreferenceBatch,
+    ref_params: Params | None,
+    hyper: Any,
+    *,
+    pair_loss: PairLoss,
+    model: LanguageModel,
+) -> Loss:
+    """The loss of a method on a batch.
+
+    Args:
+      params: of the policy.
+      batch: B pairs.
+      ref_params: of the reference, or None.
+      hyper: the method's numbers.
+      pair_loss: the method.
+      model: both models.
+
+    Returns:
+      the loss and its metrics.
+    """
+    of_pairs = partial(pair_loss, hyper=hyper)
+    return both_orders(
+        of_pairs, *responses(params, batch, ref_params, model=model), batch.chosen_probs
+    )
+
+
+def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
+    """`make_step` of a direct method.
+
+    Args:
+      loss: `(params, batch, ref_params, hyper, *, model) -> (loss, metrics)`.
+
+    Returns:
+      the function.
+    """
+
+    def make_step(
+        model: LanguageModel, optimizer: optax.GradientTransformation
+    ) -> Callable[..., tuple[TrainState, Metrics]]:
+        """One compiled update from preference pairs.
+
+        Args:
+          model: the policy, and the reference.
+          optimizer: any optax optimiser.
+
+        Returns:
+          `step(state, batch, ref_params, hyper) -> (state, metrics)`; `ref_params` is None for the
+          methods that have no reference. The state is donated.
+        """
+
+        def step(
+            state: TrainState, batch: PreferenceBatch, ref_params: Params | None, hyper: Any
+        ) -> tuple[TrainState, Metrics]:
+            grads, metrics = jax.grad(_with_value, has_aux=True)(
+                state.params, batch, ref_params, hyper
+            )
+            return apply_gradients(state, grads, optimizer), metrics
+
+        def _with_value(*args: Any) -> Loss:
+            value, metrics = loss(*args, model=model)
+            return value, metrics | {"loss": value}
+
+        return jax.jit(step, donate_argnums=0)
+
+    return make_step

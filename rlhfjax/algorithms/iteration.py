@@ -1,0 +1,182 @@
+"""Learning from one's own samples: sample → reward → learn, as one program or as two halves.
+
+What PPO and the algorithms without a critic have in common. A phase is a pure function; `makers`
+compiles two of them around a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rlhfjax import masked
+from rlhfjax.types import Params, Rollout
+
+Metrics = dict[str, Array]
+Reward = Callable[[Params, Rollout], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that changes.
+
+    Attributes:
+      params: of the policy.
+      opt_state: the optimiser's state.
+      key: typed key; iteration i uses `fold_in(key, i)`, the key itself never changes.
+      step: [] int32, iterations done.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    key: Array
+    step: Array
+
+
+def init(params: Params, optimizer: optax.GradientTransformation, key: Array) -> State:
+    """The state before the first iteration.
+
+    Args:
+      params: of the policy. Copied, because steps donate their state.
+      optimizer: any optax optimiser; `optax.inject_hyperparams` makes its numbers traced too.
+      key: a typed key.
+
+    Returns:
+      a `State`.
+    """
+    params = jax.tree.map(jnp.copy, params)
+    return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0))
+
+
+def keys(state: Any) -> tuple[Array, Array]:
+    """The keys of an iteration: to sample with, and to shuffle with.
+
+    Args:
+      state: anything with `key` and `step`.
+
+    Returns:
+      two typed keys.
+    """
+    sample_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    return sample_key, shuffle_key
+
+
+def leave_out_unscored(samples: Rollout, scores: Array) -> tuple[Rollout, Array]:
+    """Empties the response mask of samples whose score is not finite.
+
+    Args:
+      samples: the rollout.
+      scores: [B]
+
+    Returns:
+      the rollout, in which such samples count nowhere, and the scores with 0 there.
+    """
+    scored = jnp.isfinite(scores)
+    samples = replace(samples, response_mask=samples.response_mask & scored[:, None])
+    return samples, masked.fill(scores, scored)
+
+
+def objective_metrics(
+    samples: Rollout, scores: Array, divergence: Array, kl_coef: float | Array
+) -> Metrics:
+    """TRL's `objective/…`: means over the scored responses, in nats a response.
+
+    Args:
+      samples: the rollout without the unscored, see `leave_out_unscored`.
+      scores: [B]
+      divergence: [B, T] k1 of the tokens against the reference.
+      kl_coef: β.
+
+    Returns:
+      `objective/kl`; `objective/entropy`, of -log π of the samples; `objective/scores`;
+      `objective/non_score_reward`, -β·kl; `objective/rlhf_reward`, scores - β·kl;
+      `objective/kl_coef`; `val/num_unscored`.
+    """
+    mask = samples.response_mask
+    scored = mask.any(1)
+    mean_kl = masked.mean(masked.sum(divergence, mask, axis=1), scored)
+    mean_score = masked.mean(scores, scored)
+    return {
+        "objective/kl": mean_kl,
+        "objective/entropy": masked.mean(masked.sum(-samples.log_probs, mask, axis=1), scored),
+        "objective/non_score_reward": -kl_coef * mean_kl,
+        "objective/rlhf_reward": mean_score - kl_coef * mean_kl,
+        "objective/scores": mean_score,
+        "objective/kl_coef": jnp.float32(kl_coef),
+        "val/num_unscored": (~scored).sum(),
+    }
+
+
+def makers(
+    sample: Callable[..., Rollout], learn: Callable[..., tuple[Any, Metrics]]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`make_step` and `make_halves` of an algorithm.
+
+    Args:
+      sample: `(state, prompts, prompt_mask, hyper, *, model, config) -> rollout`.
+      learn: `(state, rollout, scores, ref_params, hyper, *, model, optimizer, config) ->
+        (state, metrics)`.
+
+    Returns:
+      the two functions.
+    """
+
+    def make_step(
+        model: Any, reward: Reward, optimizer: optax.GradientTransformation, config: Any
+    ) -> Callable[..., tuple[Any, Metrics]]:
+        """A whole iteration as one compiled program, to scan over iterations or vmap over seeds.
+
+        Args:
+          model: what is trained: a `LanguageModel`, or PPO's `ActorCritic`.
+          reward: `(reward_params, rollout) -> scores [B]`, pure.
+          optimizer: any optax optimiser; one update a minibatch.
+          config: what is static.
+
+        Returns:
+          `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)`.
+          The state is donated.
+        """
+        draw = partial(sample, model=model, config=config)
+        update = partial(learn, model=model, optimizer=optimizer, config=config)
+
+        def step(
+            state: Any,
+            prompts: Array,
+            prompt_mask: Array,
+            ref_params: Params,
+            reward_params: Params,
+            hyper: Any,
+        ) -> tuple[Any, Metrics]:
+            samples = draw(state, prompts, prompt_mask, hyper)
+            return update(state, samples, reward(reward_params, samples), ref_params, hyper)
+
+        return jax.jit(step, donate_argnums=0)
+
+    def make_halves(
+        model: Any, optimizer: optax.GradientTransformation, config: Any
+    ) -> tuple[Callable[..., Rollout], Callable[..., tuple[Any, Metrics]]]:
+        """The same iteration as two compiled programs, for a reward that runs in Python.
+
+        Args:
+          model: what is trained.
+          optimizer: any optax optimiser.
+          config: what is static.
+
+        Returns:
+          `sample(state, prompts, prompt_mask, hyper) -> rollout` and
+          `learn(state, rollout, scores, ref_params, hyper) -> (state, metrics)`, which donates the
+          state. `rewards.call` turns a Python function's answer into scores.
+        """
+        draw = partial(sample, model=model, config=config)
+        update = partial(learn, model=model, optimizer=optimizer, config=config)
+        return jax.jit(draw), jax.jit(update, donate_argnums=0)
+
+    return make_step, make_halves

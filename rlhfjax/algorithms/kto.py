@@ -1,0 +1,124 @@
+"""KTO from preference pairs: the chosen response is desirable, the rejected one is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhfjax.algorithms import direct, train_state
+from rlhfjax.algorithms.direct import Responses
+from rlhfjax.losses import unpaired
+from rlhfjax.types import LanguageModel, Loss, Params, PreferenceBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What is only a number; traced.
+
+    Attributes:
+      beta: β of the implicit reward.
+      desirable_weight: λ_d.
+      undesirable_weight: λ_u.
+    """
+
+    beta: float | Array = 0.1
+    desirable_weight: float | Array = 1.0
+    undesirable_weight: float | Array = 1.0
+
+
+def mismatched_kl(
+    params: Params, batch: PreferenceBatch, ref_params: Params, *, model: LanguageModel
+) -> Array:
+    """z: `unpaired.reference_kl` of the responses of each row to the prompt of the next one.
+
+    Args:
+      params: of the policy.
+      batch: B pairs, of which neighbours should have different prompts.
+      ref_params: of the reference.
+      model: both models.
+
+    Returns:
+      scalar float32, without a gradient.
+    """
+    mismatched = replace(
+        batch,
+        prompts=jnp.roll(batch.prompts, 1, axis=0),
+        prompt_mask=jnp.roll(batch.prompt_mask, 1, axis=0),
+    )
+    sides = direct.responses(jax.lax.stop_gradient(params), mismatched, ref_params, model=model)
+    now, ref = (jnp.concatenate(x) for x in zip(*(side.sums for side in sides), strict=True))
+    return unpaired.reference_kl(now, ref, jnp.concatenate([side.mask.any(1) for side in sides]))
+
+
+def pair_loss(
+    chosen: Responses,
+    rejected: Responses,
+    hyper: Hyperparameters,
+    *,
+    kl: Array,
+    mask: Array,
+    weights: float | Array,
+) -> Loss:
+    """`unpaired.kto` of sums over tokens.
+
+    Args:
+      chosen: the desirable responses.
+      rejected: the undesirable ones.
+      hyper: the numbers.
+      kl: z.
+      mask: [B] bool, the rows that are pairs.
+      weights: of pairs.
+
+    Returns:
+      the loss and its metrics.
+
+    References:
+      Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, eq. 8.
+    """
+    now, ref = (jnp.stack(x) for x in zip(chosen.sums, rejected.sums, strict=True))
+    return unpaired.kto(
+        now,
+        ref,
+        jnp.broadcast_to(jnp.array([[True], [False]]), now.shape),
+        kl,
+        jnp.broadcast_to(mask, now.shape),
+        beta=hyper.beta,
+        desirable_weight=hyper.desirable_weight,
+        undesirable_weight=hyper.undesirable_weight,
+        weights=weights,
+    )
+
+
+def loss(
+    params: Params,
+    batch: PreferenceBatch,
+    ref_params: Params,
+    hyper: Hyperparameters,
+    *,
+    model: LanguageModel,
+) -> Loss:
+    """The loss of a batch, z measured on the batch itself.
+
+    Args:
+      params: of the policy.
+      batch: B pairs.
+      ref_params: of the reference.
+      hyper: the numbers.
+      model: both models.
+
+    Returns:
+      the loss and its metrics.
+    """
+    kl = mismatched_kl(params, batch, ref_params, model=model)
+    of_pairs = partial(pair_loss, kl=kl)
+    return direct.loss(params, batch, ref_params, hyper, pair_loss=of_pairs, model=model)
+
+
+State = train_state.TrainState
+init = train_state.init
+make_step = direct.maker(loss)

@@ -1,0 +1,99 @@
+"""ReMax: REINFORCE with the greedy response to the same prompt as baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhfjax import advantages, sampling
+from rlhfjax.algorithms import critic_free, iteration, reinforce
+from rlhfjax.algorithms.critic_free import Experience
+from rlhfjax.types import LanguageModel, Rollout
+
+
+@dataclass(frozen=True)
+class Config(critic_free.Config):
+    """`critic_free.Config`; a group is a sampled response and the greedy one."""
+
+    group_size: int = field(default=2, init=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What is only a number; traced.
+
+    Attributes:
+      temperature: of sampling, and of every log-probability.
+      kl_coef: β of the k1 penalty in the reward.
+    """
+
+    temperature: float | Array = 1.0
+    kl_coef: float | Array = 0.05
+
+
+def sample(
+    state: iteration.State,
+    prompts: Array,
+    prompt_mask: Array,
+    hyper: Hyperparameters,
+    *,
+    model: LanguageModel,
+    config: Config,
+) -> Rollout:
+    """The first phase: to each prompt a sampled response in an even row, the greedy one after it.
+
+    Args:
+      state: the state at the start of the iteration.
+      prompts: [N, P] int32, left-padded.
+      prompt_mask: [N, P] bool.
+      hyper: the numbers.
+      model: the policy.
+      config: lengths and tokens.
+
+    Returns:
+      a `Rollout` of 2·N rows; the reward scores both.
+    """
+
+    def either(logits: Array, uniform: Array) -> Array:
+        even = jnp.arange(len(logits)) % 2 == 0
+        return jnp.where(even, config.sampler(logits, uniform), sampling.greedy(logits, uniform))
+
+    return critic_free.sample(
+        state, prompts, prompt_mask, hyper, model=model, config=replace(config, sampler=either)
+    )
+
+
+def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
+    """Aₜ = Gₜ - G₀ of the greedy response, G the return-to-go of score - β·k1.
+
+    Args:
+      batch: the experience.
+      hyper: the numbers.
+
+    Returns:
+      the experience of the sampled responses only, with advantages [N, T]. Where either response
+      has no score, neither counts.
+
+    References:
+      Li et al. 2023, ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method.
+    """
+    returns = reinforce.returns_to_go(batch, kl_coef=hyper.kl_coef)
+    sampled, greedy = (jax.tree.map(lambda x, row=row: x[row::2], batch) for row in (0, 1))
+    mask = sampled.mask & greedy.scored[:, None]
+    return replace(
+        sampled,
+        rollout=replace(sampled.rollout, response_mask=mask),
+        advantages=returns[::2] - advantages.spread(returns[1::2, 0], mask),
+        group_size=1,
+    )
+
+
+State = iteration.State
+init, loss = iteration.init, reinforce.loss
+learn = partial(critic_free.learn, estimate=estimate, loss=loss)
+make_step, make_halves = iteration.makers(sample, learn)
