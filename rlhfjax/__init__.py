@@ -14,6 +14,7 @@ from rlhfjax import (
     rollout,
     sampling,
     sequences,
+    stopping,
     tasks,
     types,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "rollout",
     "sampling",
     "sequences",
+    "stopping",
     "tasks",
     "types",
 ]

@@ -3,9 +3,9 @@
 With l = log π(a) - log π_ref(a) at a token a sampled from π, k1 and k3 have the expectation
 KL(π ‖ π_ref); k2 and |l| are biased, with a smaller variance while the policies are close.
 
-Subtracted from a *reward*, an estimate is a number, and the policy gradient does the rest: any of
-them may be used, and k1 gives the gradient of the divergence itself. Added to a *loss*, it is
-differentiated:
+Subtracted from a *reward*, an estimate is a number, and the policy gradient does the rest. k1 gives
+the gradient of the divergence itself; k2 and k3 hardly pull near the reference, see
+docs/fixed_points.md. Added to a *loss*, it is differentiated:
 
 | estimator | ∂/∂log π at a sampled token | its expectation under π, as a gradient of the policy |
 |---|---|---|

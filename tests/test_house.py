@@ -31,6 +31,7 @@ ROOMS = {
     "losses": Room(1, {0}, set()),
     "sampling": Room(1, {0}, set()),
     "sequences": Room(1, {0}, set()),
+    "stopping": Room(1, {0}, set()),
     "rollout": Room(2, {0, 1}, set()),
     "tasks": Room(2, {0, 1}, set()),
     "models": Room(2, {0}, {"flax"}),

@@ -102,10 +102,15 @@ class Experience:
         """[N·G] bool."""
         return self.mask.any(1)
 
-    @property
-    def group_ids(self) -> Array:
-        """[N·G] int32, the number of the prompt."""
-        return jnp.arange(len(self.scores), dtype=jnp.int32) // self.group_size
+    def by_group(self, function: Callable[..., Array], *columns: Array) -> Array:
+        """`function(*columns [G], group_ids [G])` of each group, [N·G].
+
+        The functions of `advantages` that compare responses compare all with all; this way they
+        compare G at a time.
+        """
+        one_group = jnp.zeros(self.group_size, int)
+        groups = (x.reshape(-1, self.group_size) for x in columns)
+        return jax.vmap(lambda *group: function(*group, one_group))(*groups).ravel()
 
 
 Estimate = Callable[[Experience, Any], Experience]

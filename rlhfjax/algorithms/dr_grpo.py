@@ -47,8 +47,12 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     References:
       Liu et al. 2025, Understanding R1-Zero-Like Training, §3.
     """
-    relative = advantages.group_relative(batch.scores, batch.group_ids, batch.scored)
-    return replace(batch, advantages=advantages.spread(relative, batch.mask))
+
+    def relative(scores: Array, scored: Array, group_ids: Array) -> Array:
+        return advantages.group_relative(scores, group_ids, scored)
+
+    of_response = batch.by_group(relative, batch.scores, batch.scored)
+    return replace(batch, advantages=advantages.spread(of_response, batch.mask))
 
 
 def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:

@@ -47,10 +47,13 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     References:
       Shao et al. 2024, DeepSeekMath, §4.1.2.
     """
-    of_group = (batch.scores, batch.group_ids, batch.scored)
-    relative = advantages.group_relative(*of_group)
-    scaled = advantages.scale_by_group_std(relative, *of_group, eps=hyper.std_eps)
-    return replace(batch, advantages=advantages.spread(scaled, batch.mask))
+
+    def normalised(scores: Array, scored: Array, group_ids: Array) -> Array:
+        relative = advantages.group_relative(scores, group_ids, scored)
+        return advantages.scale_by_group_std(relative, scores, group_ids, scored, eps=hyper.std_eps)
+
+    of_response = batch.by_group(normalised, batch.scores, batch.scored)
+    return replace(batch, advantages=advantages.spread(of_response, batch.mask))
 
 
 def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:

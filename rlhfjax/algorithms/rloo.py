@@ -47,8 +47,11 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     divergence = kl.k1(batch.rollout.log_probs, batch.ref_log_probs)
     divergence = masked.sum(divergence, batch.mask, axis=1)
     rewards = advantages.penalize_kl(batch.scores, divergence, batch.scored, kl_coef=hyper.kl_coef)
-    relative = advantages.leave_one_out(rewards, batch.group_ids, batch.scored)
-    return replace(batch, advantages=relative)
+
+    def relative(rewards: Array, scored: Array, group_ids: Array) -> Array:
+        return advantages.leave_one_out(rewards, group_ids, scored)
+
+    return replace(batch, advantages=batch.by_group(relative, rewards, batch.scored))
 
 
 def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:
