@@ -69,14 +69,16 @@ class Problem(NamedTuple):
     ref_params: Params
     ref_log_probs: Array
     beta: float
+    num_iterations: int
 
     @property
     def length(self) -> int:
         return self.task.responses.shape[1]
 
-    def prompts(self, number: int) -> tuple[Array, Array]:
-        """All prompts, again and again until there are as many, or once."""
-        prompts = jnp.tile(self.task.prompts, (max(1, number // len(self.task.prompts)), 1))
+    def prompts(self, number: int, parts: int = 1) -> tuple[Array, Array]:
+        """All prompts, again and again until there are about as many, in equal parts."""
+        copies = parts * max(1, number // (parts * len(self.task.prompts)))
+        prompts = jnp.tile(self.task.prompts, (copies, 1))
         return prompts, jnp.ones(prompts.shape, bool)
 
     def log_probs(self, params: Params) -> Array:
@@ -88,7 +90,6 @@ class Run(NamedTuple):
 
     train: Callable[[Array], Array]  # from a key to log-probabilities [P, N]
     fixed_point: Array  # [P, N]
-    num_iterations: int
 
 
 def pose(args: argparse.Namespace) -> Problem:
@@ -99,7 +100,7 @@ def pose(args: argparse.Namespace) -> Problem:
     ref_params = model.init(reference_key)
     ref_log_probs = tabular.log_probs(model, ref_params, task)
     critic = tabular.value_table(**sizes)
-    return Problem(task, model, critic, ref_params, ref_log_probs, args.beta)
+    return Problem(task, model, critic, ref_params, ref_log_probs, args.beta, args.iterations)
 
 
 def annealed(num_updates: int, learning_rate: float = 0.05) -> optax.GradientTransformation:
@@ -112,8 +113,7 @@ def sampled(
     problem: Problem,
     fixed_point: Array,
     *,
-    num_iterations: int = 6000,
-    num_epochs: int = 1,
+    num_iterations: int | None = None,
     num_minibatches: int = 1,
     batch: int = BATCH,
     **options: Any,
@@ -123,16 +123,13 @@ def sampled(
     β falls to its value during the first half: where the penalty is in the loss, a policy that
     turns to one branch before it knows the others hardly ever comes back.
     """
+    num_iterations = num_iterations or problem.num_iterations
     config = algorithm.Config(
-        problem.length,
-        pad_token=0,
-        num_epochs=num_epochs,
-        num_minibatches=num_minibatches,
-        **options,
+        problem.length, pad_token=0, num_minibatches=num_minibatches, **options
     )
     hyper = algorithm.Hyperparameters()
-    prompts, mask = problem.prompts(batch // config.group_size)
-    optimizer = annealed(num_iterations * num_epochs * num_minibatches)
+    prompts, mask = problem.prompts(batch // config.group_size, num_minibatches)
+    optimizer = annealed(num_iterations * num_minibatches)
     step = algorithm.make_step(problem.model, tabular.score, optimizer, config)
 
     def train(key: Array) -> Array:
@@ -146,14 +143,15 @@ def sampled(
         return problem.log_probs(state.params)
 
     fields = {field.name for field in dataclasses.fields(hyper)}
-    return Run(train, fixed_point, num_iterations)
+    return Run(train, fixed_point)
 
 
-def clipped(problem: Problem, num_iterations: int = 1500) -> Run:
+def clipped(problem: Problem) -> Run:
     """PPO, with a table of values; two epochs of four minibatches an iteration."""
+    num_iterations = problem.num_iterations // 4
     config = ppo.Config(problem.length, pad_token=0, num_epochs=2)
     hyper = ppo.Hyperparameters(kl_horizon=jnp.inf)
-    prompts, mask = problem.prompts(BATCH)
+    prompts, mask = problem.prompts(BATCH, config.num_minibatches)
     optimizer = annealed(num_iterations * config.num_epochs * config.num_minibatches)
     model = models.separate_trunks(problem.model, problem.critic)
     step = ppo.make_step(model, tabular.score, optimizer, config)
@@ -167,16 +165,14 @@ def clipped(problem: Problem, num_iterations: int = 1500) -> Run:
         state, _ = jax.lax.scan(iterate, start, length=num_iterations)
         return problem.log_probs(state.params["policy"])
 
-    return Run(train, best(problem), num_iterations)
+    return Run(train, best(problem))
 
 
-def preferred(
-    algorithm: Any, problem: Problem, fixed_point: Array, *, num_updates: int = 6000, **numbers: Any
-) -> Run:
+def preferred(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: Any) -> Run:
     """A direct method, from the reference: pairs of responses drawn uniformly, with the probability
     that a Bradley-Terry judge prefers the first."""
     prompts, mask = problem.prompts(BATCH)
-    optimizer = annealed(num_updates)
+    optimizer = annealed(problem.num_iterations)
     step = algorithm.make_step(problem.model, optimizer)
     hyper, task = algorithm.Hyperparameters(**numbers), problem.task
 
@@ -193,13 +189,27 @@ def preferred(
             return step(state, pairs(key), problem.ref_params, hyper)[0], None
 
         start = algorithm.init(problem.ref_params, optimizer)
-        state, _ = jax.lax.scan(update, start, jax.random.split(key, num_updates))
+        state, _ = jax.lax.scan(update, start, jax.random.split(key, problem.num_iterations))
         return problem.log_probs(state.params)
 
-    return Run(train, fixed_point, num_updates)
+    return Run(train, fixed_point)
 
 
-def chosen_of_eight(problem: Problem, num_iterations: int = 1000) -> Run:
+def imitated(problem: Problem) -> Run:
+    """Rejection sampling: one round from the reference, as long as all the others' together."""
+    num_minibatches = problem.num_iterations
+    return sampled(
+        rejection_sampling,
+        problem,
+        law_of_eight(problem),
+        num_iterations=1,
+        num_minibatches=num_minibatches,
+        batch=BATCH * num_minibatches,
+        group_size=8,
+    )
+
+
+def chosen_of_eight(problem: Problem) -> Run:
     """Best-of-n trains nothing: its policy is how often each response was chosen."""
     config = best_of_n.Config(problem.length, pad_token=0, group_size=8)
     prompts, mask = problem.prompts(BATCH)
@@ -217,10 +227,10 @@ def chosen_of_eight(problem: Problem, num_iterations: int = 1000) -> Run:
             return (state, counts.at[rows, response].add(1.0)), None
 
         start = best_of_n.init(problem.ref_params, key), jnp.zeros(problem.task.rewards.shape)
-        (_, counts), _ = jax.lax.scan(draw, start, length=num_iterations)
+        (_, counts), _ = jax.lax.scan(draw, start, length=problem.num_iterations)
         return jnp.log(counts / counts.sum(1, keepdims=True))
 
-    return Run(train, law_of_eight(problem), num_iterations)
+    return Run(train, law_of_eight(problem))
 
 
 def best(problem: Problem) -> Array:
@@ -307,15 +317,7 @@ ALGORITHMS: dict[str, Callable[[Problem], Run]] = {
     "cispo": lambda p: sampled(cispo, p, of_group(p, 2), group_size=2),
     "online-dpo": lambda p: sampled(online_dpo, p, best(p)),
     "best-of-n": chosen_of_eight,
-    "rejection-sampling": lambda p: sampled(
-        rejection_sampling,
-        p,
-        law_of_eight(p),
-        group_size=8,
-        num_iterations=1,
-        num_minibatches=2000,
-        batch=2_000_000,
-    ),
+    "rejection-sampling": imitated,
     "dpo": lambda p: preferred(dpo, p, best(p), beta=p.beta),
     "cdpo": cdpo_of,
     "ipo": ipo_of,
@@ -357,7 +359,7 @@ def report(name: str, problem: Problem, seed: int) -> tuple[dict[str, Any], Arra
         "gain": optimal - reference,
         "regret": there - reached,
         "regret_to_optimum": optimal - reached,
-        "iterations": run.num_iterations,
+        "iterations": problem.num_iterations,
         "seconds": round(seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
     }, trained
@@ -373,6 +375,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=3, help="T")
     parser.add_argument("--prompts", type=int, default=4, help="P")
     parser.add_argument("--beta", type=float, default=0.5, help="β")
+    parser.add_argument(
+        "--iterations", type=int, default=6000, help="of 1024 samples; a quarter for PPO"
+    )
     parser.add_argument(
         "--save",
         type=Path,
