@@ -3,13 +3,14 @@
     python experiments/exact_optimum.py --algorithm ppo --seed 0
     python experiments/exact_optimum.py --algorithm all
 
-The task is a table: P prompts, V^T responses, standard normal rewards and reference logits. An
-algorithm starts at the reference, sees samples only, and should end at its fixed point, which
-docs/fixed_points.md derives. One JSON line each, in nats and rewards: `kl_to_fixed_point`, the
-mean over prompts of KL(trained ‖ fixed point); `objective` E[r] - β·KL of the trained policy,
-`fixed_point_objective` and `optimal_objective` of the fixed point and of the best policy there is;
-`gain`, what the best has over the reference; `regret` against the fixed point, `regret_to_optimum`
-against the best. Where the fixed point is the best policy, these two are the same.
+The task is a table: P prompts, V^T responses, standard normal rewards. The policy is a table of
+logits, the reference's are standard normal, or a transformer. An algorithm starts at the reference,
+sees samples only, and should end at its fixed point, which docs/fixed_points.md derives. One JSON
+line each, in nats and rewards: `kl_to_fixed_point`, the mean over prompts of KL(trained ‖ fixed
+point); `objective` E[r] - β·KL of the trained policy, `fixed_point_objective` and
+`optimal_objective` of the fixed point and of the best policy there is; `gain`, what the best has
+over the reference; `regret` against the fixed point, `regret_to_optimum` against the best. Where
+the fixed point is the best policy, these two are the same.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Problem(NamedTuple):
     ref_log_probs: Array
     beta: float
     num_iterations: int
+    learning_rate: float
 
     @property
     def length(self) -> int:
@@ -97,15 +99,31 @@ def pose(args: argparse.Namespace) -> Problem:
     sizes = {"num_prompts": args.prompts, "vocab_size": args.vocab, "length": args.length}
     task_key, reference_key = jax.random.split(jax.random.key(args.seed))
     task, model = tabular.draw(task_key, **sizes), tabular.logit_table(**sizes)
+    if args.policy == "transformer":
+        context_length = task.prompts.shape[1] + args.length
+        model = models.decoder(
+            models.DecoderConfig(args.vocab, context_length, width=64, num_layers=1, num_heads=2)
+        )
     ref_params = model.init(reference_key)
     ref_log_probs = tabular.log_probs(model, ref_params, task)
     critic = tabular.value_table(**sizes)
-    return Problem(task, model, critic, ref_params, ref_log_probs, args.beta, args.iterations)
+    learning_rate = {"table": 0.05, "transformer": 0.003}[args.policy]
+    numbers = (args.beta, args.iterations, learning_rate)
+    return Problem(task, model, critic, ref_params, ref_log_probs, *numbers)
 
 
-def annealed(num_updates: int, learning_rate: float = 0.05) -> optax.GradientTransformation:
+def annealed(problem: Problem, num_updates: int) -> optax.GradientTransformation:
     """Adam whose steps shrink to nothing, so that the noise of sampling averages out."""
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates), b2=0.99)
+    return optax.adam(optax.cosine_decay_schedule(problem.learning_rate, num_updates), b2=0.99)
+
+
+def falling(beta: float, num_iterations: int) -> Array:
+    """β of each iteration, eight times its value at first and that value from the middle on.
+
+    A policy that turns to one branch before it knows the others hardly ever comes back.
+    """
+    to_come = jnp.maximum(1.0 - 2.0 * jnp.linspace(0.0, 1.0, num_iterations), 0.0)
+    return beta * 8.0**to_come
 
 
 def sampled(
@@ -118,18 +136,14 @@ def sampled(
     batch: int = BATCH,
     **options: Any,
 ) -> Run:
-    """An algorithm that samples, from the reference.
-
-    β falls to its value during the first half: where the penalty is in the loss, a policy that
-    turns to one branch before it knows the others hardly ever comes back.
-    """
+    """An algorithm that samples, from the reference."""
     num_iterations = num_iterations or problem.num_iterations
     config = algorithm.Config(
         problem.length, pad_token=0, num_minibatches=num_minibatches, **options
     )
     hyper = algorithm.Hyperparameters()
     prompts, mask = problem.prompts(batch // config.group_size, num_minibatches)
-    optimizer = annealed(num_iterations * num_minibatches)
+    optimizer = annealed(problem, num_iterations * num_minibatches)
     step = algorithm.make_step(problem.model, tabular.score, optimizer, config)
 
     def train(key: Array) -> Array:
@@ -138,8 +152,7 @@ def sampled(
             return step(state, prompts, mask, problem.ref_params, problem.task, numbers)[0], None
 
         start = algorithm.init(problem.ref_params, optimizer, key)
-        to_come = jnp.maximum(1.0 - 2.0 * jnp.linspace(0.0, 1.0, num_iterations), 0.0)
-        state, _ = jax.lax.scan(iterate, start, problem.beta * 8.0**to_come)
+        state, _ = jax.lax.scan(iterate, start, falling(problem.beta, num_iterations))
         return problem.log_probs(state.params)
 
     fields = {field.name for field in dataclasses.fields(hyper)}
@@ -152,17 +165,18 @@ def clipped(problem: Problem) -> Run:
     config = ppo.Config(problem.length, pad_token=0, num_epochs=2)
     hyper = ppo.Hyperparameters(kl_horizon=jnp.inf)
     prompts, mask = problem.prompts(BATCH, config.num_minibatches)
-    optimizer = annealed(num_iterations * config.num_epochs * config.num_minibatches)
+    optimizer = annealed(problem, num_iterations * config.num_epochs * config.num_minibatches)
     model = models.separate_trunks(problem.model, problem.critic)
     step = ppo.make_step(model, tabular.score, optimizer, config)
 
     def train(key: Array) -> Array:
-        def iterate(state: ppo.State, _: None) -> tuple[ppo.State, None]:
+        def iterate(state: ppo.State, beta: Array) -> tuple[ppo.State, None]:
+            state = replace(state, kl_coef=beta)
             return step(state, prompts, mask, problem.ref_params, problem.task, hyper)[0], None
 
         params = {"policy": problem.ref_params, "value": problem.critic.init(key)}
         start = ppo.init(params, optimizer, key, kl_coef=problem.beta)
-        state, _ = jax.lax.scan(iterate, start, length=num_iterations)
+        state, _ = jax.lax.scan(iterate, start, falling(problem.beta, num_iterations))
         return problem.log_probs(state.params["policy"])
 
     return Run(train, best(problem))
@@ -172,7 +186,7 @@ def preferred(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: A
     """A direct method, from the reference: pairs of responses drawn uniformly, with the probability
     that a Bradley-Terry judge prefers the first."""
     prompts, mask = problem.prompts(BATCH)
-    optimizer = annealed(problem.num_iterations)
+    optimizer = annealed(problem, problem.num_iterations)
     step = algorithm.make_step(problem.model, optimizer)
     hyper, task = algorithm.Hyperparameters(**numbers), problem.task
 
@@ -375,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=3, help="T")
     parser.add_argument("--prompts", type=int, default=4, help="P")
     parser.add_argument("--beta", type=float, default=0.5, help="β")
+    parser.add_argument("--policy", choices=["table", "transformer"], default="table")
     parser.add_argument(
         "--iterations", type=int, default=6000, help="of 1024 samples; a quarter for PPO"
     )

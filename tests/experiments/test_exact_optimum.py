@@ -37,6 +37,14 @@ def test_ends_at_its_fixed_point(name: str, capsys: pytest.CaptureFixture[str]) 
         assert row["regret_to_optimum"] > 0.01 * row["gain"]
 
 
+@pytest.mark.parametrize("name", ["dpo", "rloo"])
+def test_a_transformer_finds_the_optimum_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--length", "1", "--iterations", "200"]
+    (row,) = run(capsys, "--algorithm", name, "--policy", "transformer", *sizes)
+    assert row["kl_to_fixed_point"] <= 0.01
+    assert row["regret"] <= 0.01 * row["gain"]
+
+
 def test_the_saved_tables_show_the_claim(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
