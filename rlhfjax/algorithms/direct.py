@@ -117,7 +117,7 @@ def chosen_likelihood(chosen: Responses, mask: Array, weights: float | Array) ->
     Returns:
       scalar float32.
     """
-    weights = jnp.broadcast_to(weights, mask.shape)[:, None]
+    weights = masked.fill(jnp.broadcast_to(weights, mask.shape), mask)[:, None]
     return supervised.language_model(weights * chosen.log_probs, chosen.mask & mask[:, None])
 
 

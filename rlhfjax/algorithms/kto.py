@@ -34,25 +34,26 @@ class Hyperparameters:
 def mismatched_kl(
     params: Params, batch: PreferenceBatch, ref_params: Params, *, model: LanguageModel
 ) -> Array:
-    """z: `unpaired.reference_kl` of the responses of each row to the prompt of the next one.
+    """z: `unpaired.reference_kl` of the responses of each pair to the prompt of the next one.
 
     Args:
       params: of the policy.
-      batch: B pairs, of which neighbours should have different prompts.
+      batch: B rows; the pairs among them should differ in prompt from their neighbours.
       ref_params: of the reference.
       model: both models.
 
     Returns:
       scalar float32, without a gradient.
     """
+    pairs_first = jnp.argsort(~batch.pairs)
+    batch = jax.tree.map(lambda x: jnp.take(x, pairs_first, axis=0), batch)
+    following = (jnp.arange(len(pairs_first)) + 1) % jnp.maximum(batch.pairs.sum(), 1)
     mismatched = replace(
-        batch,
-        prompts=jnp.roll(batch.prompts, 1, axis=0),
-        prompt_mask=jnp.roll(batch.prompt_mask, 1, axis=0),
+        batch, prompts=batch.prompts[following], prompt_mask=batch.prompt_mask[following]
     )
     sides = direct.responses(jax.lax.stop_gradient(params), mismatched, ref_params, model=model)
     now, ref = (jnp.concatenate(x) for x in zip(*(side.sums for side in sides), strict=True))
-    return unpaired.reference_kl(now, ref, jnp.concatenate([side.mask.any(1) for side in sides]))
+    return unpaired.reference_kl(now, ref, jnp.tile(batch.pairs, 2))
 
 
 def pair_loss(

@@ -30,7 +30,7 @@ class Hyperparameters:
       temperature: of sampling, and of every log-probability.
       kl_coef: β of DPO's implicit reward.
       score_temperature: τ of the labels. At 1 the scores are those of a Bradley-Terry reward
-        model; towards 0 the better response is chosen for certain (TRL).
+        model; at 0 the better response is chosen for certain (TRL).
     """
 
     temperature: float | Array = 1.0
@@ -55,7 +55,8 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     pairs = batch.scores.reshape(-1, 2)
     better_first = jnp.argsort(-pairs, axis=1) + 2 * jnp.arange(len(pairs))[:, None]
     batch = jax.tree.map(lambda x: x[better_first.ravel()], batch)
-    margins = jnp.abs(pairs[:, 0] - pairs[:, 1]) / hyper.score_temperature
+    gaps = jnp.abs(pairs[:, 0] - pairs[:, 1])
+    margins = jnp.where(gaps > 0, gaps / hyper.score_temperature, 0.0)
     complete = jnp.repeat(batch.scored.reshape(-1, 2).all(1), 2)
     return replace(
         batch,

@@ -53,8 +53,8 @@ def returns_to_go(
 def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     """Aₜ = Gₜ - mean of Gₜ over the other responses of the batch that have a token t.
 
-    No response is in its own baseline, so the gradient is unbiased; a response that is alone has
-    advantage 0.
+    No response is in its own baseline, so the gradient is unbiased, but for the tokens that one
+    response of the batch reaches alone: their advantage is 0.
 
     Args:
       batch: the experience.
@@ -68,7 +68,7 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     """
     returns = returns_to_go(batch, kl_coef=hyper.kl_coef, gamma=hyper.gamma)
     count = batch.mask.sum(0)
-    relative = returns - masked.mean(returns, batch.mask, axis=0)
+    relative = masked.fill(returns - masked.mean(returns, batch.mask, axis=0), batch.mask)
     # x - mean of the others = (x - mean of all)·n / (n - 1).
     return replace(batch, advantages=relative * count / jnp.maximum(count - 1, 1))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhfjax import advantages, sampling
+from rlhfjax import advantages, masked, sampling
 from rlhfjax.algorithms import critic_free, iteration, reinforce
 from rlhfjax.algorithms.critic_free import Experience
 from rlhfjax.types import LanguageModel, Rollout
@@ -88,7 +88,7 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     return replace(
         sampled,
         rollout=replace(sampled.rollout, response_mask=mask),
-        advantages=returns[::2] - advantages.spread(returns[1::2, 0], mask),
+        advantages=masked.fill(returns[::2], mask) - advantages.spread(returns[1::2, 0], mask),
         group_size=1,
     )
 

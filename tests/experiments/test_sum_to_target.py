@@ -1,0 +1,42 @@
+"""Sum to target at full size, with fewer seeds: it takes seconds."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.sum_to_target import main
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "not_made_yet"
+
+
+@pytest.fixture(scope="module")
+def summary(out: Path) -> dict[str, Any]:
+    return main(["--seeds", "4", "--seed", "5", "--out", str(out)])
+
+
+def test_every_seed_is_solved(summary: dict[str, Any]) -> None:
+    assert (summary["seeds"], summary["seeds_solved"], summary["iterations"]) == (4, 4, 100)
+    assert min(summary["mean_reward"]) >= 0.99
+    # 320 samples, most of which get 1 and the others 1/2: a mean within 0.02 of the exact one.
+    np.testing.assert_allclose(summary["batch_mean_reward"], summary["mean_reward"], atol=0.02)
+
+
+def test_it_leaves_a_summary_and_a_picture(summary: dict[str, Any], out: Path) -> None:
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_training_nothing_is_solved_and_members_are_timed() -> None:
+    summary = main(["--members", "2", "--iterations", "1"])
+    assert (summary["seeds"], summary["seeds_solved"]) == (2, 0)
+    rewards = [1 / (1 + abs(sum(digits) - 15)) for digits in product(range(10), repeat=3)]
+    np.testing.assert_allclose(summary["mean_reward"], np.mean(rewards), atol=0.05)
+    expected = summary["seconds_per_member"] / summary["seconds_single"]
+    assert summary["ratio"] == pytest.approx(expected) and expected > 0
