@@ -18,8 +18,12 @@ from rlhfjax.algorithms import critic_free
 from rlhfjax.algorithms.iteration import Metrics, Reward, State
 from rlhfjax.types import LanguageModel, Params, Rollout
 
-Config = critic_free.GroupConfig
-sample = critic_free.sample
+
+@dataclass(frozen=True)
+class Config(critic_free.Config):
+    """`critic_free.Config`; n is the group's size, and may be 1."""
+
+    group_size: int = 8
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +37,9 @@ class Hyperparameters:
 
     temperature: float | Array = 1.0
     kl_coef = 0.0  # Not a field: nothing is penalised, a KL is only reported.
+
+
+sample = critic_free.sample
 
 
 def init(params: Params, key: Array) -> State:

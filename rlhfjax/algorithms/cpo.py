@@ -55,7 +55,7 @@ def pair_loss(
         chosen.sums[0], rejected.sums[0], mask, beta=hyper.beta, weights=weights
     )
     likelihood = direct.chosen_likelihood(chosen, mask, weights)
-    metrics |= {"nll_loss": jax.lax.stop_gradient(likelihood)}
+    metrics |= {"nll_loss": direct.chosen_likelihood(chosen, mask, 1.0)}
     return contrast + hyper.likelihood_coef * likelihood, metrics
 
 

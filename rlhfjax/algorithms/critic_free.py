@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,14 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     sampler: Callable[[Array, Array], Array] = sampling.categorical
+    smallest_group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.group_size < self.smallest_group:
+            raise ValueError(
+                f"group_size={self.group_size}: this algorithm needs at least "
+                f"{self.smallest_group} of each prompt"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,7 @@ class GroupConfig(Config):
     """`Config` of the algorithms that compare the responses to a prompt: G is at least 2."""
 
     group_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size={self.group_size}: responses to a prompt are compared with each "
-                "other, so at least 2 are needed"
-            )
+    smallest_group: ClassVar[int] = 2
 
 
 class Hyperparameters(Protocol):
@@ -201,6 +203,7 @@ def learn(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
+    sampled: slice = slice(None),
 ) -> tuple[State, Metrics]:
     """The last phase: experience, advantages, then epochs × minibatches of updates.
 
@@ -215,6 +218,7 @@ def learn(
       model: the policy.
       optimizer: the optimiser that made the state.
       config: epochs, minibatches, group size.
+      sampled: which rows the policy sampled; the `objective/…` metrics are of these.
 
     Returns:
       the next state and the metrics: `objective/…` of the samples, means over the updates of the
@@ -226,9 +230,10 @@ def learn(
     batch = experience(
         samples, scores, ref_params, hyper, model=model, group_size=config.group_size
     )
+    own = jax.tree.map(lambda x: x[sampled], batch)
+    divergence = kl.k1(own.rollout.log_probs, own.ref_log_probs)
+    metrics = iteration.objective_metrics(own.rollout, own.scores, divergence, hyper.kl_coef)
     batch = estimate(batch, hyper)
-    divergence = kl.k1(batch.rollout.log_probs, batch.ref_log_probs)
-    metrics = iteration.objective_metrics(batch.rollout, batch.scores, divergence, hyper.kl_coef)
 
     def of_groups(params: Params, groups: Experience) -> Loss:
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)

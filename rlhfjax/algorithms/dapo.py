@@ -2,6 +2,17 @@
 
 A group whose scores are all equal teaches nothing. So prompts come in rounds: further ones are
 sampled until there are as many groups that differ as a round has prompts, or no round is left.
+With a Python reward the rounds are a loop of the caller's, between the halves:
+
+    collected = None
+    for number, (prompts, mask) in enumerate(rounds):
+        samples = sample(state, prompts, mask, hyper, number)
+        collected = dapo.collect(
+            collected or dapo.nothing_of(samples), samples, scores_of(samples), group_size=8
+        )
+        if collected.num_groups == len(prompts):
+            break
+    state, metrics = learn(state, collected.rollout, collected.scores, ref_params, hyper)
 """
 
 from __future__ import annotations
@@ -32,6 +43,11 @@ class Config(critic_free.GroupConfig):
     """
 
     num_rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_rounds < 1:
+            raise ValueError(f"num_rounds={self.num_rounds}: at least one round is sampled")
 
 
 @jax.tree_util.register_dataclass
@@ -217,7 +233,8 @@ def make_step(
     Returns:
       `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)` of
       R·N prompts, with the metrics `val/num_groups` and `val/num_rounds`. The state is donated.
-      Places that no group was found for have no score and count nowhere.
+      Places that no group was found for have no score and count nowhere but in
+      `val/num_unscored`.
     """
 
     def step(

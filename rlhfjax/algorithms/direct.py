@@ -62,7 +62,15 @@ def responses(
 
     Returns:
       chosen and rejected.
+
+    Raises:
+      ValueError: the prompts have no tokens.
     """
+    if batch.prompts.shape[1] == 0:
+        raise ValueError(
+            "prompts of 0 tokens: the first token of a response is predicted from what stands "
+            "before it, so give each prompt at least a beginning-of-text token"
+        )
     tokens, attention_mask = batch.sequences
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
 
@@ -173,17 +181,17 @@ def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
           methods that have no reference. The state is donated.
         """
 
+        def with_value(*args: Any) -> Loss:
+            value, metrics = loss(*args, model=model)
+            return value, metrics | {"loss": value}
+
         def step(
             state: TrainState, batch: PreferenceBatch, ref_params: Params | None, hyper: Any
         ) -> tuple[TrainState, Metrics]:
-            grads, metrics = jax.grad(_with_value, has_aux=True)(
+            grads, metrics = jax.grad(with_value, has_aux=True)(
                 state.params, batch, ref_params, hyper
             )
             return apply_gradients(state, grads, optimizer), metrics
-
-        def _with_value(*args: Any) -> Loss:
-            value, metrics = loss(*args, model=model)
-            return value, metrics | {"loss": value}
 
         return jax.jit(step, donate_argnums=0)
 

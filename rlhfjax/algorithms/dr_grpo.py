@@ -67,7 +67,7 @@ def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:
       hyper: the numbers.
 
     Returns:
-      the loss and its metrics, with `kl`, the mean of k2.
+      the loss and its metrics, with `kl`, the same of k2.
     """
     reduce = partial(constant_length, length=batch.mask.shape[1])
     surrogate, metrics = policy.ppo_clip(

@@ -34,7 +34,7 @@ def pair_loss(
     mask: Array,
     weights: float | Array,
 ) -> Loss:
-    """`preference.ipo` of sums over tokens, as in the paper.
+    """`preference.ipo` of sums over tokens, as in the paper; TRL takes means.
 
     Args:
       chosen: the preferred responses.

@@ -36,6 +36,8 @@ def pair_loss(
 ) -> Loss:
     """-log π(chosen) per token + `reference_free.orpo` of means over tokens.
 
+    The likelihood is of responses; TRL's is of prompts too.
+
     Args:
       chosen: the preferred responses.
       rejected: the others.
@@ -53,7 +55,7 @@ def pair_loss(
         chosen.mean, rejected.mean, mask, beta=hyper.beta, weights=weights
     )
     likelihood = direct.chosen_likelihood(chosen, mask, weights)
-    return likelihood + odds, metrics | {"nll_loss": jax.lax.stop_gradient(likelihood)}
+    return likelihood + odds, metrics | {"nll_loss": direct.chosen_likelihood(chosen, mask, 1.0)}
 
 
 State = train_state.TrainState

@@ -32,29 +32,25 @@ class Hyperparameters:
     gamma: float | Array = 1.0
 
 
-def returns_to_go(
-    batch: Experience, *, kl_coef: float | Array, gamma: float | Array = 1.0
-) -> Array:
-    """Gₜ = Σ_{s≥t} γ^(s-t)·(scoreₛ - β·k1ₛ), the score standing at the last token.
+def token_rewards(batch: Experience, *, kl_coef: float | Array) -> Array:
+    """`advantages.token_rewards` under k1: -β·k1ₜ, and the score at the last token.
 
     Args:
       batch: the experience.
       kl_coef: β.
-      gamma: γ.
 
     Returns:
       [B, T] float32.
     """
     divergence = kl.k1(batch.rollout.log_probs, batch.ref_log_probs)
-    rewards = advantages.token_rewards(batch.scores, divergence, batch.mask, kl_coef=kl_coef)
-    return advantages.discounted_returns(rewards, batch.mask, gamma=gamma)
+    return advantages.token_rewards(batch.scores, divergence, batch.mask, kl_coef=kl_coef)
 
 
 def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     """Aₜ = Gₜ - mean of Gₜ over the other responses of the batch that have a token t.
 
-    No response is in its own baseline, so the gradient is unbiased, but for the tokens that one
-    response of the batch reaches alone: their advantage is 0.
+    G is the discounted return-to-go of `token_rewards`. No response is in its own baseline, so the
+    gradient is unbiased. Where no other response has a token t, the baseline is 0.
 
     Args:
       batch: the experience.
@@ -66,11 +62,13 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     References:
       Williams 1992, Simple Statistical Gradient-Following Algorithms.
     """
-    returns = returns_to_go(batch, kl_coef=hyper.kl_coef, gamma=hyper.gamma)
+    rewards = token_rewards(batch, kl_coef=hyper.kl_coef)
+    returns = advantages.discounted_returns(rewards, batch.mask, gamma=hyper.gamma)
     count = batch.mask.sum(0)
-    relative = masked.fill(returns - masked.mean(returns, batch.mask, axis=0), batch.mask)
+    mean = masked.mean(returns, batch.mask, axis=0)
     # x - mean of the others = (x - mean of all)·n / (n - 1).
-    return replace(batch, advantages=relative * count / jnp.maximum(count - 1, 1))
+    relative = jnp.where(count > 1, (returns - mean) * count / jnp.maximum(count - 1, 1), returns)
+    return replace(batch, advantages=masked.fill(relative, batch.mask))
 
 
 def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:

@@ -8,10 +8,10 @@ from functools import partial
 import jax
 from jax import Array
 
-from rlhfjax import masked
+from rlhfjax import advantages, masked
 from rlhfjax.algorithms import critic_free, iteration
 from rlhfjax.algorithms.critic_free import Experience
-from rlhfjax.algorithms.reinforce import returns_to_go
+from rlhfjax.algorithms.reinforce import token_rewards
 from rlhfjax.losses import policy
 from rlhfjax.types import Loss
 
@@ -45,7 +45,8 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
     References:
       Hu et al. 2025, REINFORCE++: Stabilizing Critic-Free Policy Optimization, eq. 6.
     """
-    returns = returns_to_go(batch, kl_coef=hyper.kl_coef)
+    rewards = token_rewards(batch, kl_coef=hyper.kl_coef)
+    returns = advantages.discounted_returns(rewards, batch.mask, gamma=1.0)
     return replace(batch, advantages=masked.whiten(returns, batch.mask))
 
 

@@ -51,7 +51,7 @@ def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:
     return supervised.language_model(log_probs, batch.mask), {}
 
 
-Config = critic_free.GroupConfig
+Config = best_of_n.Config
 State = iteration.State
 init, sample = iteration.init, critic_free.sample
 learn = partial(critic_free.learn, estimate=estimate, loss=loss)

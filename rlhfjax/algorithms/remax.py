@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhfjax import advantages, masked, sampling
+from rlhfjax import advantages, sampling
 from rlhfjax.algorithms import critic_free, iteration, reinforce
 from rlhfjax.algorithms.critic_free import Experience
 from rlhfjax.types import LanguageModel, Rollout
@@ -69,7 +69,7 @@ def sample(
 
 
 def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
-    """Aₜ = Gₜ - G₀ of the greedy response, G the return-to-go of score - β·k1.
+    """`advantages.remax` of score - β·k1: Aₜ = Gₜ - Σ of all rewards of the greedy response.
 
     Args:
       batch: the experience.
@@ -80,20 +80,20 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
       has no score, neither counts.
 
     References:
-      Li et al. 2023, ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method.
+      Li et al. 2024, ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method.
     """
-    returns = reinforce.returns_to_go(batch, kl_coef=hyper.kl_coef)
+    rewards = reinforce.token_rewards(batch, kl_coef=hyper.kl_coef)
     sampled, greedy = (jax.tree.map(lambda x, row=row: x[row::2], batch) for row in (0, 1))
     mask = sampled.mask & greedy.scored[:, None]
     return replace(
         sampled,
         rollout=replace(sampled.rollout, response_mask=mask),
-        advantages=masked.fill(returns[::2], mask) - advantages.spread(returns[1::2, 0], mask),
+        advantages=advantages.remax(rewards[::2], rewards[1::2].sum(1), mask),
         group_size=1,
     )
 
 
 State = iteration.State
 init, loss = iteration.init, reinforce.loss
-learn = partial(critic_free.learn, estimate=estimate, loss=loss)
+learn = partial(critic_free.learn, estimate=estimate, loss=loss, sampled=slice(0, None, 2))
 make_step, make_halves = iteration.makers(sample, learn)

@@ -24,7 +24,8 @@ def call(
       **columns: further columns of the data, B entries each.
 
     Returns:
-      [B] float32, with NaN where the function returned None: `ppo.learn` leaves those samples out.
+      [B] float32, with NaN where the function returned None: `learn` of
+      every algorithm leaves those samples out.
 
     Raises:
       ValueError: another number of scores than completions, or a score that is not finite; the

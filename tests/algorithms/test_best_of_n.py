@@ -96,8 +96,3 @@ def test_vmapped_over_seeds_and_temperatures_it_equals_a_run_of_each() -> None:
     for index, (seed, temperature) in enumerate(zip(seeds, temperatures, strict=True)):
         _, alone, _ = advance(start(seed), best_of_n.Hyperparameters(temperature))
         assert_same(together.tokens[index], alone.tokens)
-
-
-def test_one_response_is_nothing_to_choose_from() -> None:
-    with pytest.raises(ValueError, match=r"group_size=1: .* at least 2"):
-        best_of_n.Config(T, pad_token=0, group_size=1)

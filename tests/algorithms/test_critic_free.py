@@ -14,6 +14,7 @@ import pytest
 from small_models import assert_close, assert_same, bigram, left_padded, numbers, recurrent
 
 from rlhfjax.algorithms import (
+    best_of_n,
     cispo,
     critic_free,
     dapo,
@@ -57,15 +58,11 @@ OF_PAIRS = {
 
 
 class Algorithm(NamedTuple):
-    """An algorithm, the size of its groups, and the metrics that not all have.
-
-    `lost` is how many rows or groups go with one even row that has no score.
-    """
+    """An algorithm, the size of its groups, and the metrics that not all have."""
 
     module: ModuleType
     group_size: int
     names: set[str]
-    lost: int = 1
 
     @property
     def config(self) -> critic_free.Config:
@@ -89,10 +86,11 @@ ALGORITHMS = {
     "dapo": Algorithm(dapo, 4, TOKEN_RATIOS | {"kl"}),
     "gspo": Algorithm(gspo, 4, RATIOS | {"kl"}),
     "cispo": Algorithm(cispo, 4, RATIOS | {"kl"}),
-    "online_dpo": Algorithm(online_dpo, 2, OF_PAIRS, lost=2),
-    "rejection_sampling": Algorithm(rejection_sampling, 4, set(), lost=0),
+    "online_dpo": Algorithm(online_dpo, 2, OF_PAIRS),
+    "rejection_sampling": Algorithm(rejection_sampling, 4, set()),
 }
 COMPARING = [name for name, own in ALGORITHMS.items() if own.group_size == 4]
+COMPARING.remove("rejection_sampling")
 TRACES: list[int] = []
 
 
@@ -247,7 +245,7 @@ class TestSamplesWithoutAScore:
         assert_same((clean, metrics), given)
         assert_finite((clean.params, metrics))
         assert_moved(clean.params)
-        assert metrics["val/num_unscored"] == ALGORITHMS[name].lost
+        assert metrics["val/num_unscored"] == 1
 
     def test_may_be_all_of_them(self, name: str) -> None:
         samples = samples_of(name)
@@ -255,9 +253,8 @@ class TestSamplesWithoutAScore:
         state, metrics = learn_once(name, samples, nothing)
         assert_same(state.params, PARAMS)
         assert_finite(metrics)
-        # ReMax and rejection sampling keep a row of each group.
-        kept = N if name in {"remax", "rejection_sampling"} else len(nothing)
-        assert metrics["val/num_unscored"] == kept
+        # The greedy responses of ReMax are not the policy's samples.
+        assert metrics["val/num_unscored"] == (N if name == "remax" else len(nothing))
 
 
 class TestPadding:
@@ -345,6 +342,12 @@ class TestGroups:
     def test_that_are_compared_need_two_responses(self, name: str, size: int) -> None:
         with pytest.raises(ValueError, match=f"group_size={size}: .* at least 2"):
             ALGORITHMS[name].module.Config(T, PAD, group_size=size)
+
+    @pytest.mark.parametrize("algorithm", [reinforce, best_of_n, rejection_sampling])
+    def test_of_the_others_may_have_one_response_but_not_none(self, algorithm: ModuleType) -> None:
+        assert algorithm.Config(T, PAD, group_size=1).group_size == 1
+        with pytest.raises(ValueError, match=r"group_size=0: .* at least 1"):
+            algorithm.Config(T, PAD, group_size=0)
 
     @pytest.mark.parametrize("name", ["remax", "online_dpo"])
     def test_that_are_always_pairs_have_no_size(self, name: str) -> None:
