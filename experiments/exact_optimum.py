@@ -5,7 +5,8 @@
 
 The task is a table: P prompts, V^T responses, standard normal rewards. The policy is a table of
 logits, the reference's are standard normal, or a transformer. An algorithm starts at the reference,
-sees samples only, and should end at its fixed point, which docs/fixed_points.md derives. One JSON
+sees samples or, if it is a direct one, labelled pairs, and should end at its fixed point, which
+docs/fixed_points.md derives. β falls to its value over the first half of the training. One JSON
 line each, in nats and rewards: `kl_to_fixed_point`, the mean over prompts of KL(trained ‖ fixed
 point); `objective` E[r] - β·KL of the trained policy, `fixed_point_objective` and
 `optimal_objective` of the fixed point and of the best policy there is; `gain`, what the best has
@@ -16,7 +17,6 @@ the fixed point is the best policy, these two are the same.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -57,7 +57,7 @@ from rlhfjax.losses import preference, reference_free
 from rlhfjax.tasks import fixed_points, tabular
 from rlhfjax.types import LanguageModel, Params, PreferenceBatch, ScalarModel
 
-BATCH = 1024  # responses of an iteration, or pairs of an update
+BATCH = 1024  # responses, pairs, or groups for best-of-n, of an iteration
 EPSILON, MARGIN = 0.1, 0.5  # the label smoothing of cDPO, the margin of SimPO
 
 
@@ -92,6 +92,7 @@ class Run(NamedTuple):
 
     train: Callable[[Array], Array]  # from a key to log-probabilities [P, N]
     fixed_point: Array  # [P, N]
+    num_iterations: int
 
 
 def pose(args: argparse.Namespace) -> Problem:
@@ -117,7 +118,7 @@ def annealed(problem: Problem, num_updates: int) -> optax.GradientTransformation
     return optax.adam(optax.cosine_decay_schedule(problem.learning_rate, num_updates), b2=0.99)
 
 
-def falling(beta: float, num_iterations: int) -> Array:
+def beta_schedule(beta: float, num_iterations: int) -> Array:
     """β of each iteration, eight times its value at first and that value from the middle on.
 
     A policy that turns to one branch before it knows the others hardly ever comes back.
@@ -126,7 +127,7 @@ def falling(beta: float, num_iterations: int) -> Array:
     return beta * 8.0**to_come
 
 
-def sampled(
+def run_sampled(
     algorithm: Any,
     problem: Problem,
     fixed_point: Array,
@@ -143,23 +144,22 @@ def sampled(
     )
     hyper = algorithm.Hyperparameters()
     prompts, mask = problem.prompts(batch // config.group_size, num_minibatches)
-    optimizer = annealed(problem, num_iterations * num_minibatches)
+    optimizer = annealed(problem, num_iterations * config.num_epochs * num_minibatches)
     step = algorithm.make_step(problem.model, tabular.score, optimizer, config)
 
     def train(key: Array) -> Array:
         def iterate(state: Any, beta: Array) -> tuple[Any, None]:
-            numbers = replace(hyper, kl_coef=beta) if "kl_coef" in fields else hyper
+            numbers = replace(hyper, kl_coef=beta)
             return step(state, prompts, mask, problem.ref_params, problem.task, numbers)[0], None
 
         start = algorithm.init(problem.ref_params, optimizer, key)
-        state, _ = jax.lax.scan(iterate, start, falling(problem.beta, num_iterations))
+        state, _ = jax.lax.scan(iterate, start, beta_schedule(problem.beta, num_iterations))
         return problem.log_probs(state.params)
 
-    fields = {field.name for field in dataclasses.fields(hyper)}
-    return Run(train, fixed_point)
+    return Run(train, fixed_point, num_iterations)
 
 
-def clipped(problem: Problem) -> Run:
+def run_ppo(problem: Problem) -> Run:
     """PPO, with a table of values; two epochs of four minibatches an iteration."""
     num_iterations = problem.num_iterations // 4
     config = ppo.Config(problem.length, pad_token=0, num_epochs=2)
@@ -176,13 +176,13 @@ def clipped(problem: Problem) -> Run:
 
         params = {"policy": problem.ref_params, "value": problem.critic.init(key)}
         start = ppo.init(params, optimizer, key, kl_coef=problem.beta)
-        state, _ = jax.lax.scan(iterate, start, falling(problem.beta, num_iterations))
+        state, _ = jax.lax.scan(iterate, start, beta_schedule(problem.beta, num_iterations))
         return problem.log_probs(state.params["policy"])
 
-    return Run(train, best(problem))
+    return Run(train, best(problem), num_iterations)
 
 
-def preferred(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: Any) -> Run:
+def run_direct(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: Any) -> Run:
     """A direct method, from the reference: pairs of responses drawn uniformly, with the probability
     that a Bradley-Terry judge prefers the first."""
     prompts, mask = problem.prompts(BATCH)
@@ -206,24 +206,25 @@ def preferred(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: A
         state, _ = jax.lax.scan(update, start, jax.random.split(key, problem.num_iterations))
         return problem.log_probs(state.params)
 
-    return Run(train, fixed_point)
+    return Run(train, fixed_point, problem.num_iterations)
 
 
-def imitated(problem: Problem) -> Run:
-    """Rejection sampling: one round from the reference, as long as all the others' together."""
-    num_minibatches = problem.num_iterations
-    return sampled(
+def run_rejection_sampling(problem: Problem) -> Run:
+    """Rejection sampling: one round from the reference, a thousand times as large as a batch."""
+    num_minibatches = min(problem.num_iterations, 1000)
+    return run_sampled(
         rejection_sampling,
         problem,
         law_of_eight(problem),
         num_iterations=1,
+        num_epochs=problem.num_iterations // num_minibatches,
         num_minibatches=num_minibatches,
         batch=BATCH * num_minibatches,
         group_size=8,
     )
 
 
-def chosen_of_eight(problem: Problem) -> Run:
+def run_best_of_n(problem: Problem) -> Run:
     """Best-of-n trains nothing: its policy is how often each response was chosen."""
     config = best_of_n.Config(problem.length, pad_token=0, group_size=8)
     prompts, mask = problem.prompts(BATCH)
@@ -244,7 +245,7 @@ def chosen_of_eight(problem: Problem) -> Run:
         (_, counts), _ = jax.lax.scan(draw, start, length=problem.num_iterations)
         return jnp.log(counts / counts.sum(1, keepdims=True))
 
-    return Run(train, law_of_eight(problem))
+    return Run(train, law_of_eight(problem), problem.num_iterations)
 
 
 def best(problem: Problem) -> Array:
@@ -280,59 +281,61 @@ def without_reference(loss: Callable[..., Any], *, scale: float, likelihood: flo
 
 def cdpo_of(p: Problem) -> Run:
     loss = partial(preference.cdpo, beta=p.beta, label_smoothing=EPSILON)
-    return preferred(dpo, p, of_pairs(p, loss), beta=p.beta, label_smoothing=EPSILON)
+    return run_direct(dpo, p, of_pairs(p, loss), beta=p.beta, label_smoothing=EPSILON)
 
 
 def ipo_of(p: Problem) -> Run:
     uniform = jnp.zeros(p.task.rewards.shape)
     fixed_point = fixed_points.ipo(p.ref_log_probs, uniform, p.task, kl_coef=p.beta)
-    return preferred(ipo, p, fixed_point, beta=p.beta)
+    return run_direct(ipo, p, fixed_point, beta=p.beta)
 
 
 def kto_of(p: Problem) -> Run:
+    if p.beta > 1:
+        raise ValueError(f"KTO has more than one limit for β > 1, and β is {p.beta}")
     uniform = jnp.zeros(p.task.rewards.shape)
     fixed_point = fixed_points.kto(p.ref_log_probs, uniform, p.task, kl_coef=p.beta)
-    return preferred(kto, p, fixed_point, beta=p.beta)
+    return run_direct(kto, p, fixed_point, beta=p.beta)
 
 
 def simpo_of(p: Problem) -> Run:
     loss = partial(reference_free.simpo, beta=p.beta, margin=MARGIN)
     loss = without_reference(loss, scale=1 / p.length, likelihood=0.0)
-    return preferred(simpo, p, of_pairs(p, loss), beta=p.beta, margin=MARGIN)
+    return run_direct(simpo, p, of_pairs(p, loss), beta=p.beta, margin=MARGIN)
 
 
 def orpo_of(p: Problem) -> Run:
     loss = partial(reference_free.orpo, beta=p.beta)
     loss = without_reference(loss, scale=1 / p.length, likelihood=1 / p.length)
-    return preferred(orpo, p, of_pairs(p, loss), beta=p.beta)
+    return run_direct(orpo, p, of_pairs(p, loss), beta=p.beta)
 
 
 def cpo_of(p: Problem) -> Run:
     loss = partial(reference_free.cpo, beta=p.beta)
     loss = without_reference(loss, scale=1.0, likelihood=1 / p.length)
-    return preferred(cpo, p, of_pairs(p, loss), beta=p.beta)
+    return run_direct(cpo, p, of_pairs(p, loss), beta=p.beta)
 
 
 ALGORITHMS: dict[str, Callable[[Problem], Run]] = {
-    "ppo": clipped,
-    "reinforce": lambda p: sampled(reinforce, p, best(p)),
-    "reinforce-plus-plus": lambda p: sampled(reinforce_plus_plus, p, best(p)),
-    "rloo": lambda p: sampled(rloo, p, best(p), group_size=16),
-    "remax": lambda p: sampled(remax, p, best(p)),
-    "dr-grpo": lambda p: sampled(
+    "ppo": run_ppo,
+    "reinforce": lambda p: run_sampled(reinforce, p, best(p)),
+    "reinforce-plus-plus": lambda p: run_sampled(reinforce_plus_plus, p, best(p)),
+    "rloo": lambda p: run_sampled(rloo, p, best(p), group_size=16),
+    "remax": lambda p: run_sampled(remax, p, best(p)),
+    "dr-grpo": lambda p: run_sampled(
         dr_grpo,
         p,
         fixed_points.token_k2(p.ref_log_probs, p.task, kl_coef=p.beta * 64 / 63),
         group_size=64,
     ),
-    "grpo": lambda p: sampled(grpo, p, of_group(p, 2), group_size=2),
-    "dapo": lambda p: sampled(dapo, p, of_group(p, 8), group_size=8),
-    "gspo": lambda p: sampled(gspo, p, of_group(p, 2), group_size=2),
-    "cispo": lambda p: sampled(cispo, p, of_group(p, 2), group_size=2),
-    "online-dpo": lambda p: sampled(online_dpo, p, best(p)),
-    "best-of-n": chosen_of_eight,
-    "rejection-sampling": imitated,
-    "dpo": lambda p: preferred(dpo, p, best(p), beta=p.beta),
+    "grpo": lambda p: run_sampled(grpo, p, of_group(p, 2), group_size=2),
+    "dapo": lambda p: run_sampled(dapo, p, of_group(p, 8), group_size=8),
+    "gspo": lambda p: run_sampled(gspo, p, of_group(p, 2), group_size=2),
+    "cispo": lambda p: run_sampled(cispo, p, of_group(p, 2), group_size=2),
+    "online-dpo": lambda p: run_sampled(online_dpo, p, best(p)),
+    "best-of-n": run_best_of_n,
+    "rejection-sampling": run_rejection_sampling,
+    "dpo": lambda p: run_direct(dpo, p, best(p), beta=p.beta),
     "cdpo": cdpo_of,
     "ipo": ipo_of,
     "kto": kto_of,
@@ -342,9 +345,8 @@ ALGORITHMS: dict[str, Callable[[Problem], Run]] = {
 }
 
 
-def report(name: str, problem: Problem, seed: int) -> tuple[dict[str, Any], Array]:
+def report(run: Run, problem: Problem, seed: int) -> tuple[dict[str, Any], Array]:
     """Trains an algorithm and measures where it ended."""
-    run = ALGORITHMS[name](problem)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     start = time.perf_counter()
     compiled = jax.jit(run.train).lower(key).compile()
@@ -358,13 +360,11 @@ def report(name: str, problem: Problem, seed: int) -> tuple[dict[str, Any], Arra
 
     def mean_kl(log_probs: Array, other: Array) -> float | None:
         divergence = kl.of_distributions(log_probs=log_probs, ref_log_probs=other).mean()
-        return float(divergence) if jnp.isfinite(divergence) else None
+        return max(float(divergence), 0.0) if jnp.isfinite(divergence) else None
 
     reached, there = objective(trained), objective(run.fixed_point)
     optimal, reference = objective(best(problem)), objective(problem.ref_log_probs)
     return {
-        "algorithm": name,
-        "seed": seed,
         "kl_to_fixed_point": mean_kl(trained, run.fixed_point),
         "kl_from_fixed_point": mean_kl(run.fixed_point, trained),
         "objective": reached,
@@ -373,7 +373,7 @@ def report(name: str, problem: Problem, seed: int) -> tuple[dict[str, Any], Arra
         "gain": optimal - reference,
         "regret": there - reached,
         "regret_to_optimum": optimal - reached,
-        "iterations": problem.num_iterations,
+        "iterations": run.num_iterations,
         "seconds": round(seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
     }, trained
@@ -397,21 +397,40 @@ def main(argv: list[str] | None = None) -> None:
         "--save",
         type=Path,
         metavar="FILE.npz",
-        help="rewards, and log-probabilities of the reference, of the fixed point and of the "
+        help="β, rewards, and log-probabilities of the reference, of the fixed point and of the "
         "trained policy, [prompts, V**T] with the first token slowest; with --algorithm all, the "
         "name of the algorithm is added to the file's",
     )
     args = parser.parse_args(argv)
+    least = {"vocab": 2, "length": 1, "prompts": 1, "iterations": 4}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            parser.error(f"--{name} must be at least {number}, not {getattr(args, name)}")
+    if not args.beta > 0:
+        parser.error(f"--beta must be positive, not {args.beta}: there is no fixed point without")
+    names = list(ALGORITHMS) if args.algorithm == "all" else [args.algorithm]
+    if args.save is not None:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
     problem = pose(args)
-    for name in ALGORITHMS if args.algorithm == "all" else [args.algorithm]:
-        row, trained = report(name, problem, args.seed)
-        print(json.dumps(row), flush=True)
+    for name in names:
+        row: dict[str, Any] = {"algorithm": name, "seed": args.seed}
+        try:
+            run = ALGORITHMS[name](problem)
+        except ValueError as error:  # Its fixed point is beyond reach; the others' may not be.
+            if len(names) == 1:
+                parser.error(str(error))
+            print(json.dumps(row | {"error": str(error)}), flush=True)
+            continue
+        measured, trained = report(run, problem, args.seed)
+        print(json.dumps(row | measured, allow_nan=False), flush=True)
         if args.save is not None:
-            several = args.algorithm == "all"
+            stem = args.save.stem if len(names) == 1 else f"{args.save.stem}-{name}"
             np.savez(
-                args.save.with_stem(f"{args.save.stem}-{name}") if several else args.save,
+                args.save.with_stem(stem),
+                beta=problem.beta,
                 rewards=problem.task.rewards,
                 ref_log_probs=problem.ref_log_probs,
+                fixed_point_log_probs=run.fixed_point,
                 log_probs=trained,
             )
 

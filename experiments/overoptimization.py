@@ -249,7 +249,7 @@ def picture(panels: dict[str, tuple[str, Histories]], sizes: list[int], path: Pa
             axis.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
             axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
             axis.set_xlabel("√KL from the reference")
-        axes[0].set_ylabel("gold (dots: fit) and proxy (dashes), sd")
+        axes[0].set_ylabel("gold (dotted: fit, ●: peak) and proxy (dashed), sd")
         axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=200)
 

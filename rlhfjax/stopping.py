@@ -40,7 +40,8 @@ def turning_point(
       kl: [..., K] of the policy from the reference, at each logged point.
       proxy: [..., K], the score that is optimised.
       gold: [..., K], a score that is not.
-      window: points in a mean, static; fewer than two windows of points are never a turn.
+      window: points in a mean, static; fewer than two windows of points, or than four, are
+        never a turn.
       num_errors: standard errors that count as a change. Noisy gold that only stays flat has its
         maximum somewhere and lies below it ever after: watched at each of 200 points, 4 of them
         call that a turn in one run of six, 5 in one of a hundred.
@@ -60,7 +61,8 @@ def turning_point(
     chex.assert_rank(kl, set(range(1, jnp.ndim(kl) + 1)))
     chex.assert_scalar_positive(window)
     num_points = jnp.shape(kl)[-1]
-    if num_points < 2 * window:
+    fewest = max(2 * window, 4)
+    if num_points < fewest:
         return jnp.full(kl.shape[:-1], jnp.inf), jnp.full(kl.shape[:-1], num_points)
 
     history = jnp.stack([kl, proxy, gold]).astype(jnp.float32)
@@ -87,7 +89,7 @@ def turning_point(
     _, proxy_error, gold_error = num_errors * jnp.sqrt(2 * noise / window)
     fallen = at(gold, best) - at(gold, last) > gold_error
     risen = at(proxy, last) - at(proxy, best) > proxy_error
-    turned = fallen & risen & (count >= 2 * window)
+    turned = fallen & risen & (count >= fewest)
     middle = at(order, best + (window - 1) // 2)
     turn, index = jnp.where(turned, at(kl, best), jnp.inf), jnp.where(turned, middle, num_points)
     return turn[..., 0], index[..., 0]

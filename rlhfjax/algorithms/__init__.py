@@ -1,5 +1,6 @@
 """Algorithms: each a state, an `init`, and a `make_step` that gives one compiled program.
 
+cDPO is `dpo` with label smoothing, expert iteration is iterations of `rejection_sampling`.
 `iteration`, `critic_free`, `direct` and `train_state` are what they are made of, and what an
 algorithm of one's own is made of.
 """

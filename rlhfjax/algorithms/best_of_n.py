@@ -33,10 +33,11 @@ class Hyperparameters:
 
     Attributes:
       temperature: of sampling, and of every log-probability.
+      kl_coef: β of `objective/rlhf_reward`; it is reported, and nothing is penalised.
     """
 
     temperature: float | Array = 1.0
-    kl_coef = 0.0  # Not a field: nothing is penalised, a KL is only reported.
+    kl_coef: float | Array = 0.0
 
 
 sample = critic_free.sample

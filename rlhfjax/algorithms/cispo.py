@@ -24,7 +24,7 @@ class Hyperparameters:
       temperature: of sampling, and of every log-probability.
       kl_coef: β of k3 in the loss; the paper has none.
       clip_range: ε below 1 of the weight; 1 for no bound, as in the paper.
-      clip_range_high: ε above 1.
+      clip_range_high: ε above 1; TRL proposes a cap 1 + ε of 5.
       std_eps: added to the standard deviation of a group.
     """
 

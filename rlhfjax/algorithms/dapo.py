@@ -233,8 +233,8 @@ def make_step(
     Returns:
       `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)` of
       R·N prompts, with the metrics `val/num_groups` and `val/num_rounds`. The state is donated.
-      Places that no group was found for have no score and count nowhere but in
-      `val/num_unscored`.
+      The `objective/…` metrics are of the groups that are learned from. Places that no group was
+      found for have no score and count nowhere but in `val/num_unscored`.
     """
 
     def step(

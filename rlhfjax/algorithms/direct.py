@@ -1,7 +1,7 @@
 """What the direct methods share: the responses of a preference batch, soft labels, the step.
 
 A direct method is one function, `pair_loss(chosen, rejected, hyper, *, mask, weights)` of two
-`Responses`. There is no reward, and nothing is sampled.
+`Responses`. There is no reward, nothing is sampled, and nothing is static: no config.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def pair_loss(
       the loss and its metrics.
 
     References:
-      Rafailov et al. 2023, Direct Preference Optimization, eq. 7.
+      Rafailov et al. 2023, Direct Preference Optimization, eq. 7; Mitchell 2023, A note on DPO
+      with noisy preferences and relationship to IPO (cDPO).
     """
     (now, ref), (other, ref_other) = chosen.sums, rejected.sums
     return preference.cdpo(

@@ -48,7 +48,7 @@ def loss(log_probs: Array, batch: Experience, hyper: Hyperparameters) -> Loss:
       the loss and its metrics, with TRL's `kl`, the mean of k3.
 
     References:
-      Zheng et al. 2025, Group Sequence Policy Optimization, eq. 5.
+      Zheng et al. 2025, Group Sequence Policy Optimization, eq. 5, in the form of eq. 14.
     """
     surrogate, metrics = sequence_policy.gspo_token(
         log_probs,

@@ -22,7 +22,7 @@ from rlhfjax.tasks.tabular import Task
 from rlhfjax.types import Loss
 
 MOST_NUMBERS = 2**27
-"""`group_std` holds that many at most."""
+"""A fixed point is not computed where it takes more."""
 
 
 def token_k2(ref_log_probs: Array, task: Task, *, kl_coef: float | Array) -> Array:
@@ -173,7 +173,7 @@ def kto(
       kl_coef: β of `unpaired.kto`, at most 1: there is no other limit then.
 
     Returns:
-      [P, N] float32, -inf where π is 0.
+      [P, N] float32, -inf where π is 0; the reference where no response wins more often than not.
 
     Raises:
       AssertionError: shapes differ.
@@ -197,7 +197,8 @@ def kto(
             return one(True, wins) + one(False, 1.0 - wins)
 
         start = jnp.where(wins > 0.5, reference, -1e9)
-        return jnp.where(wins > 0.5, stationary(jax.grad(loss), start), -jnp.inf)
+        found = jnp.where(wins > 0.5, stationary(jax.grad(loss), start), -jnp.inf)
+        return jnp.where((wins > 0.5).any(), found, reference)
 
     return jax.vmap(limit)(ref_log_probs, winning, chances)
 
@@ -257,8 +258,14 @@ def of_pairs(
 
     Raises:
       AssertionError: shapes differ.
+      ValueError: N³, which its second derivatives take, is more than `MOST_NUMBERS`.
     """
     chex.assert_equal_shape([ref_log_probs, sampler_log_probs, task.rewards])
+    size = ref_log_probs.shape[1]
+    if size**3 > MOST_NUMBERS:
+        raise ValueError(
+            f"{size} responses take {size**3:.1e} numbers, more than {MOST_NUMBERS:.1e}"
+        )
 
     def both(log_probs: Array) -> tuple[Array, Array]:
         pair = jnp.broadcast_arrays(log_probs[:, None], log_probs)
@@ -274,7 +281,7 @@ def of_pairs(
         return stationary(jax.grad(expected), reference)
 
     chances, preferred = jax.nn.softmax(sampler_log_probs), tabular.preference_probs(task)
-    return jax.vmap(minimiser)(ref_log_probs, chances, preferred)
+    return jax.lax.map(lambda of_prompt: minimiser(*of_prompt), (ref_log_probs, chances, preferred))
 
 
 def stationary(field: Callable[[Array], Array], start: Array, *, num_steps: int = 60) -> Array:

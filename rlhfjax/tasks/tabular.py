@@ -45,7 +45,15 @@ def draw(key: Array, *, num_prompts: int, vocab_size: int, length: int) -> Task:
 
     Returns:
       a `Task` of V^T responses a prompt.
+
+    Raises:
+      ValueError: no prompt, fewer than two tokens, or no length.
     """
+    if num_prompts < 1 or vocab_size < 2 or length < 1:
+        raise ValueError(
+            f"num_prompts={num_prompts}, vocab_size={vocab_size}, length={length}: at least 1, 2 "
+            "and 1 are needed"
+        )
     num_digits = _num_digits(num_prompts, vocab_size)
     responses = _digits(jnp.arange(vocab_size**length), vocab_size, length)
     return Task(
@@ -198,10 +206,23 @@ def expected_reward(log_probs: Array, task: Task) -> Array:
     return jnp.sum(jnp.exp(log_probs) * task.rewards, axis=-1)
 
 
+def divergence(log_probs: Array, ref_log_probs: Array) -> Array:
+    """KL(π ‖ π_ref) for each prompt.
+
+    Args:
+      log_probs: [P, N] of the policy.
+      ref_log_probs: [P, N] of the reference.
+
+    Returns:
+      [P] float32.
+    """
+    return kl.of_distributions(log_probs=log_probs, ref_log_probs=ref_log_probs)
+
+
 def objective(
     log_probs: Array, ref_log_probs: Array, task: Task, *, kl_coef: float | Array
 ) -> Array:
-    """J = mean over prompts of E_π[r] - β·KL(π ‖ π_ref). Its gradient is that of the objective.
+    """J = mean over prompts of E_π[r] - β·KL(π ‖ π_ref).
 
     Args:
       log_probs: [P, N] of the policy.
@@ -212,9 +233,35 @@ def objective(
     Returns:
       scalar float32.
     """
-    divergence = kl.of_distributions(log_probs=log_probs, ref_log_probs=ref_log_probs)
-    each = expected_reward(log_probs, task) - kl_coef * divergence
+    each = expected_reward(log_probs, task) - kl_coef * divergence(log_probs, ref_log_probs)
     return masked.mean(each, jnp.ones(each.shape, bool))
+
+
+def gradient(
+    model: LanguageModel,
+    params: Params,
+    ref_log_probs: Array,
+    task: Task,
+    *,
+    kl_coef: float | Array,
+) -> Params:
+    """∇J with respect to the parameters of any policy.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      ref_log_probs: [P, N] of the reference.
+      task: the rewards.
+      kl_coef: β.
+
+    Returns:
+      a tree like the parameters.
+    """
+
+    def of_params(params: Params) -> Array:
+        return objective(log_probs(model, params, task), ref_log_probs, task, kl_coef=kl_coef)
+
+    return jax.grad(of_params)(params)
 
 
 def optimum(ref_log_probs: Array, task: Task, *, kl_coef: float | Array) -> Array:
