@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add("--iterations", type=int, default=40, help="rounds of playing and learning")
     add("--out", type=Path, help="folder for summary.json and curves.png")
     args = parser.parse_args(argv)
+    if min(args.states) < 2 or args.seeds < 1 or args.iterations < 1:
+        parser.error("--states must be at least 2 each, --seeds and --iterations at least 1")
 
     keys = jax.random.split(jax.random.key(args.seed), args.seeds)
     run = partial(train, width=max(args.states), iterations=args.iterations)

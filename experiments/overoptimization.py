@@ -70,6 +70,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error("--seeds must be at least 2: errors are taken over seeds")
+    if args.points < 10 or args.doublings < 2 or args.iterations < 1:
+        parser.error("fits take --points of 10, --doublings of 2 and --iterations of 1 at least")
+    if min(args.preferences) < 1 or min(args.beta) < 0:
+        parser.error("--preferences must be positive, --beta must not be negative")
+    for name in ("preferences", "beta"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} names a number twice")
     return args
 
 

@@ -61,7 +61,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=3e-3, help="of Adam")
     add("--width", type=int, default=16, help="of both networks' two hidden layers")
     add("--out", type=Path, help="folder for summary.json and curves.png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    counts = ("seeds", "members", "num_digits", "iterations", "epochs", "minibatches", "width")
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch % args.minibatches:
+        parser.error(f"--batch {args.batch} does not divide into --minibatches {args.minibatches}")
+    return args
 
 
 def network(width: int, size: int) -> nn.Module:
@@ -112,7 +119,7 @@ def exact_reward(params: Params, args: argparse.Namespace) -> Array:
     return tabular.expected_reward(log_probs, task)[0]
 
 
-def spread(run: Callable[[Array], Any], num_members: int) -> Callable[[Array], Any]:
+def over_devices(run: Callable[[Array], Any], num_members: int) -> Callable[[Array], Any]:
     """The run for many keys at once, members spread over the devices."""
     num_devices = math.gcd(num_members, jax.device_count())
     mesh = jax.make_mesh((num_devices,), ("members",), axis_types=(AxisType.Auto,))
@@ -131,14 +138,15 @@ def compiled(function: Callable[..., Any], keys: Array) -> tuple[Callable[..., A
     return program, time.perf_counter() - start
 
 
-def seconds(program: Callable[..., Any], keys: Array, *, repeats: int) -> float:
-    """Of one call, the fastest of a few."""
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(program(keys))
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def fastest(programs: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
+    """Seconds of a call of each, taken in turns, so that all meet the same machine."""
+    taken = dict.fromkeys(programs, math.inf)
+    for _ in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            taken[name] = min(taken[name], time.perf_counter() - start)
+    return taken
 
 
 def draw(scores: np.ndarray, path: Path) -> None:
@@ -165,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     keys = jax.random.split(jax.random.key(args.seed), args.members or args.seeds)
     run = partial(train, args=args)
-    population, compile_seconds = compiled(spread(run, len(keys)), keys)
+    population, compile_seconds = compiled(over_devices(run, len(keys)), keys)
     params, scores = jax.device_get(population(keys))
     evaluate = jax.jit(jax.vmap(partial(exact_reward, args=args)))
     mean_reward = np.asarray(evaluate(params), np.float64)
@@ -180,12 +188,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if args.members:
         single, single_compile_seconds = compiled(run, keys[0])
-        per_member = seconds(population, keys, repeats=5) / args.members
-        alone = seconds(single, keys[0], repeats=20)
+        programs = {"all": lambda: population(keys), "one": lambda: single(keys[0])}
+        taken = fastest(programs, rounds=8)
+        per_member = taken["all"] / args.members
         summary |= {
             "seconds_per_member": per_member,
-            "seconds_single": alone,
-            "ratio": per_member / alone,
+            "seconds_single": taken["one"],
+            "ratio": per_member / taken["one"],
             "compile_seconds_single": single_compile_seconds,
         }
     if args.out:
@@ -200,5 +209,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     # A device a core: XLA does not share out operations as small as these among threads.
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     main()

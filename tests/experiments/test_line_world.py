@@ -70,3 +70,10 @@ def test_segments_with_the_same_reward_are_preferred_half_and_half() -> None:
     np.testing.assert_allclose(alike, 0.0, atol=1e-7)
     np.testing.assert_allclose(first, -second, rtol=1e-5)
     assert jnp.abs(first).max() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [["--states", "1"], ["--seeds", "0"], ["--iterations", "0"]])
+def test_bad_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(wrong)
+    assert wrong[0] in capsys.readouterr().err

@@ -264,7 +264,7 @@ def test_kto_leaves_nothing_of_what_loses_more_often_than_it_wins() -> None:
 
 
 def test_hard_labels_have_no_fixed_point() -> None:
-    """A response that always wins is pushed on and on: DPO, and online DPO as τ falls to 0."""
+    """A response that always wins is pushed on and on: online DPO as τ falls to 0."""
     hard = pairs_of(DPO, temperature=1e-3)
     chance = [jnp.exp(descend(hard, REF_PARAMS, num_steps=k)).max(-1).min() for k in (50, 400)]
     assert chance[1] > chance[0] and chance[1] > 0.95
