@@ -90,7 +90,7 @@ def test_steps_and_seeds_sample_from_keys_of_their_own() -> None:
 def test_vmapped_over_seeds_and_temperatures_it_equals_a_run_of_each() -> None:
     seeds, temperatures = (0, 1, 2), (0.5, 0.9, 2.0)
     states = [start(seed) for seed in seeds]
-    hyper = best_of_n.Hyperparameters(temperature=jnp.array(temperatures))
+    hyper = best_of_n.Hyperparameters(jnp.array(temperatures), kl_coef=jnp.zeros(3))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     _, together, _ = jax.vmap(advance)(stacked, hyper)
     for index, (seed, temperature) in enumerate(zip(seeds, temperatures, strict=True)):

@@ -164,7 +164,7 @@ SWEEPS: dict[str, Callable[[], Sweep]] = {
     "cispo": lambda: critic_free(cispo, ASYMMETRIC, group_size=3),
     "online_dpo": lambda: critic_free(online_dpo, SAMPLED | {"score_temperature": 0.5}),
     "rejection_sampling": lambda: critic_free(
-        rejection_sampling, {"temperature": 0.7}, group_size=3
+        rejection_sampling, {"temperature": 0.7, "kl_coef": 0.3}, group_size=3
     ),
     "dpo": lambda: direct(dpo, {"beta": 0.5, "label_smoothing": 0.2}),
     "ipo": lambda: direct(ipo, {"beta": 0.5}),
@@ -215,5 +215,7 @@ def test_a_member_of_a_sweep_equals_its_run_alone(name: str) -> None:
         swept = jax.tree.map(lambda x, i=index: x[i], together.params)
         assert_close(swept, alone.params, atol=1e-5)
         apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), swept, of_base)
-        if member != "base":
+        # The one number that is only reported.
+        idle = member == "base" or (name, member) == ("rejection_sampling", "kl_coef")
+        if not idle:
             assert max(jax.tree.leaves(apart)) > 1e-3, member
