@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from rlhfjax import kl, models
+from rlhfjax import models
 from rlhfjax.algorithms import (
     best_of_n,
     cispo,
@@ -121,7 +121,7 @@ def annealed(problem: Problem, num_updates: int) -> optax.GradientTransformation
 def beta_schedule(beta: float, num_iterations: int) -> Array:
     """β of each iteration, eight times its value at first and that value from the middle on.
 
-    A policy that turns to one branch before it knows the others hardly ever comes back.
+    A policy that turns to one branch before it knows the others comes back only slowly.
     """
     to_come = jnp.maximum(1.0 - 2.0 * jnp.linspace(0.0, 1.0, num_iterations), 0.0)
     return beta * 8.0**to_come
@@ -194,7 +194,7 @@ def run_direct(algorithm: Any, problem: Problem, fixed_point: Array, **numbers: 
         first, second = jax.random.randint(key, (2, len(prompts)), 0, len(task.responses))
         rows = jnp.arange(len(prompts)) % len(task.prompts)
         real = jnp.ones((len(prompts), problem.length), bool)
-        preferred = tabular.preference_probs(task)[rows, first, second]
+        preferred = jax.nn.sigmoid(task.rewards[rows, first] - task.rewards[rows, second])
         sides = (task.responses[first], real, task.responses[second], real)
         return PreferenceBatch(prompts, mask, *sides, preferred)
 
@@ -229,7 +229,6 @@ def run_best_of_n(problem: Problem) -> Run:
     config = best_of_n.Config(problem.length, pad_token=0, group_size=8)
     prompts, mask = problem.prompts(BATCH)
     step = best_of_n.make_step(problem.model, tabular.score, config)
-    places = problem.task.responses.shape[0] ** jnp.linspace(1.0, 0.0, problem.length + 1)[1:]
 
     def train(key: Array) -> Array:
         def draw(carry: Any, _: None) -> tuple[Any, None]:
@@ -237,9 +236,7 @@ def run_best_of_n(problem: Problem) -> Run:
             state, samples, _ = step(
                 state, prompts, mask, problem.task, best_of_n.Hyperparameters()
             )
-            rows = jnp.arange(len(prompts)) % len(problem.task.prompts)
-            response = (samples.responses @ jnp.round(places)).astype(int)
-            return (state, counts.at[rows, response].add(1.0)), None
+            return (state, counts.at[tabular.numbers(problem.task, samples)].add(1.0)), None
 
         start = best_of_n.init(problem.ref_params, key), jnp.zeros(problem.task.rewards.shape)
         (_, counts), _ = jax.lax.scan(draw, start, length=problem.num_iterations)
@@ -359,7 +356,7 @@ def report(run: Run, problem: Problem, seed: int) -> tuple[dict[str, Any], Array
         return float(tabular.objective(log_probs, reference, problem.task, kl_coef=beta))
 
     def mean_kl(log_probs: Array, other: Array) -> float | None:
-        divergence = kl.of_distributions(log_probs=log_probs, ref_log_probs=other).mean()
+        divergence = tabular.divergence(log_probs, other).mean()
         return max(float(divergence), 0.0) if jnp.isfinite(divergence) else None
 
     reached, there = objective(trained), objective(run.fixed_point)

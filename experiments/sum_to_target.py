@@ -209,5 +209,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     # A device a core: XLA does not share out operations as small as these among threads.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    of_process = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    jax.config.update("jax_num_cpu_devices", len(of_process(0)))
     main()

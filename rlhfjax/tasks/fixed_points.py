@@ -320,7 +320,7 @@ def _last_token_first(
     chex.assert_equal_shape([ref_log_probs, task.rewards])
     num_prompts, size = ref_log_probs.shape
     length = task.responses.shape[1]
-    vocab_size = round(size ** (1 / length))
+    vocab_size = task.vocab_size
     mass, values, found = ref_log_probs, task.rewards, jnp.zeros((num_prompts, size))
     for _ in range(length):
         mass, values = (x.reshape(num_prompts, -1, vocab_size) for x in (mass, values))

@@ -33,6 +33,12 @@ class Task:
     responses: Array
     rewards: Array
 
+    @property
+    def vocab_size(self) -> int:
+        """V, of which N = V^T."""
+        num_responses, length = self.responses.shape
+        return round(num_responses ** (1 / length))
+
 
 def draw(key: Array, *, num_prompts: int, vocab_size: int, length: int) -> Task:
     """A task with standard normal rewards.
@@ -187,10 +193,21 @@ def score(task: Task, samples: Rollout) -> Array:
     Returns:
       [B] float32.
     """
-    num_responses, length = task.responses.shape
-    vocab_size = round(num_responses ** (1 / length))
-    prompt, response = (_number(x, vocab_size) for x in (samples.prompts, samples.responses))
-    return task.rewards[prompt, response]
+    return task.rewards[numbers(task, samples)]
+
+
+def numbers(task: Task, samples: Rollout) -> tuple[Array, Array]:
+    """Where samples stand in tables [P, N].
+
+    Args:
+      task: the prompts and responses.
+      samples: responses of T tokens to the task's prompts.
+
+    Returns:
+      the number of each prompt [B] and of each response [B].
+    """
+    base = task.vocab_size
+    return _number(samples.prompts, base), _number(samples.responses, base)
 
 
 def expected_reward(log_probs: Array, task: Task) -> Array:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from rlhfjax import masked, sampling
-from rlhfjax.algorithms import critic_free, reinforce, remax, rloo
+from rlhfjax import masked, models, sampling
+from rlhfjax.algorithms import critic_free, ppo, reinforce, remax, rloo
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.tasks import tabular
 from rlhfjax.types import Rollout
@@ -103,3 +103,30 @@ def test_the_mean_gradient_is_that_of_the_objective(
     wanted = np.asarray(jax.grad(exact)(PARAMS)["logits"])
     found = np.asarray(gradient(algorithm, *batches(), group_size))
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_the_first_update_of_ppo_is_the_exact_gradient_but_for_a_factor() -> None:
+    """At λ = 1, whatever the critic says. It whitens: one baseline and one scale, 1/σ.
+
+    The policy is uniform, so that a batch of every response once is its distribution.
+    """
+    task = tabular.draw(jax.random.key(0), **SIZES)
+    critic = tabular.value_table(**SIZES)
+    values = jax.random.normal(jax.random.key(4), (1, 13))
+    params = {"policy": jax.tree.map(jnp.zeros_like, PARAMS), "value": {"values": values}}
+    model = models.separate_trunks(MODEL, critic)
+    hyper = ppo.Hyperparameters(gae_lambda=1.0, value_coef=0.0)
+    count = len(task.responses)
+    tokens = jnp.concatenate([jnp.zeros((count, 1), int), task.responses], axis=1)
+    now = tabular.token_log_probs(MODEL, params["policy"], task)[0]
+    samples = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.ones((count, T), bool), now)
+    batch, _ = ppo.experience(
+        params, samples, task.rewards[0], REF, hyper, jnp.float32(BETA), model=model
+    )
+    grads, _ = jax.grad(ppo.loss, has_aux=True)(params, batch, hyper, model=model)
+    found = -np.asarray(grads["policy"]["logits"])
+    ref = tabular.log_probs(MODEL, REF, task)
+    exact = tabular.gradient(MODEL, params["policy"], ref, task, kl_coef=BETA)["logits"]
+    factor = np.vdot(found, exact) / np.vdot(exact, exact)
+    assert factor > 0
+    assert np.linalg.norm(found / factor - exact) < 1e-5 * np.linalg.norm(exact)

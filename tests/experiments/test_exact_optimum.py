@@ -85,6 +85,7 @@ def test_one_prompt_and_one_token_are_enough(name: str, capsys: pytest.CaptureFi
         (["--beta", "0"], "--beta must be positive"),
         (["--iterations", "3"], "--iterations must be at least 4"),
         (["--algorithm", "kto", "--beta", "2"], "more than one limit"),
+        (["--algorithm", "cpo", "--vocab", "23"], "more than 1.3e\\+08"),
         (["--algorithm", "dapo", "--vocab", "20"], "more than 1.3e\\+08"),
     ],
 )
@@ -94,3 +95,13 @@ def test_bad_arguments_are_refused(
     with pytest.raises(SystemExit):
         run(capsys, *arguments)
     assert re.search(complaint, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_all_goes_on_where_a_fixed_point_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = {name: ALGORITHMS[name] for name in ("kto", "dpo")}
+    monkeypatch.setattr("experiments.exact_optimum.ALGORITHMS", some)
+    refused, trained = run(capsys, "--algorithm", "all", "--beta", "2")
+    assert refused["algorithm"] == "kto" and "more than one limit" in refused["error"]
+    assert trained["algorithm"] == "dpo" and trained["kl_to_fixed_point"] <= 0.01

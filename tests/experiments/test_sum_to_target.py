@@ -1,6 +1,7 @@
 """Sum to target at full size, with fewer seeds: it takes seconds."""
 
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.sum_to_target import main
+from experiments.sum_to_target import fastest, main
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,21 @@ def test_without_training_nothing_is_solved_and_members_are_timed() -> None:
     assert (summary["seeds"], summary["seeds_solved"]) == (2, 0)
     rewards = [1 / (1 + abs(sum(digits) - 15)) for digits in product(range(10), repeat=3)]
     np.testing.assert_allclose(summary["mean_reward"], np.mean(rewards), atol=0.05)
-    # Both members run in one program: that costs less than twice a single run.
-    assert 0 < summary["ratio"] < 1.5
+    assert {"seconds_per_member", "seconds_single", "ratio"} <= summary.keys()
+
+
+def test_times_are_the_least_of_calls_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, called = [0.0], []
+    costs = {"all": iter([5.0, 3.0, 4.0]), "one": iter([1.0, 2.0, 0.5])}
+
+    def program(name: str) -> None:
+        called.append(name)
+        now[0] += next(costs[name])
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    taken = fastest({name: partial(program, name) for name in costs}, rounds=3)
+    assert taken == {"all": 3.0, "one": 0.5}
+    assert called == ["all", "one"] * 3
 
 
 @pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--members", "0"], ["--batch", "30"]])

@@ -263,6 +263,12 @@ def test_kto_leaves_nothing_of_what_loses_more_often_than_it_wins() -> None:
     assert away[1] < 0.02 < away[0]
 
 
+def test_kto_leaves_the_reference_where_nothing_wins() -> None:
+    equal = tabular.Task(TASK.prompts, TASK.responses, jnp.zeros_like(TASK.rewards))
+    found = fixed_points.kto(REFERENCE, jnp.zeros_like(REFERENCE), equal, kl_coef=BETA)
+    np.testing.assert_array_equal(found, REFERENCE)
+
+
 def test_hard_labels_have_no_fixed_point() -> None:
     """A response that always wins is pushed on and on: online DPO as τ falls to 0."""
     hard = pairs_of(DPO, temperature=1e-3)

@@ -103,3 +103,16 @@ def test_the_value_table_gives_each_prefix_its_own_number() -> None:
     # The empty prefix is 0, those of one token 1 to 3, that of tokens a, b is 4 + 3·a + b.
     expected = [[table[3, 0], table[3, 3], table[3, 11]], [table[2, 0], table[2, 1], table[2, 4]]]
     np.testing.assert_array_equal(values[:, :3], expected)
+
+
+def test_the_divergence_and_the_gradient_are_those_of_the_enumeration() -> None:
+    now = np.asarray(tabular.log_probs(MODEL, PARAMS, TASK), np.float64)
+    ref = np.asarray(REFERENCE, np.float64)
+    expected = (np.exp(now) * (now - ref)).sum(1)
+    np.testing.assert_allclose(tabular.divergence(now, ref), expected, rtol=1e-5)
+    found = tabular.gradient(MODEL, PARAMS, REFERENCE, TASK, kl_coef=BETA)["logits"]
+    # At the logit of a response p·(x - E x) / P, x = r - β·(log π - log π_ref); at that of a first
+    # token the sum over the responses that begin with it.
+    x = np.asarray(TASK.rewards, np.float64) - BETA * (now - ref)
+    of_response = np.exp(now) * (x - (np.exp(now) * x).sum(1, keepdims=True)) / len(x)
+    np.testing.assert_allclose(found[:, 0], of_response.reshape(5, 3, 9).sum(2), atol=1e-6)
