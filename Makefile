@@ -14,11 +14,15 @@ help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
 demo: $(READY) ## train on generated text; results in runs/demo
+	rm -rf runs/demo
 	$(RUN) experiments/sentiment.py --out runs/demo
 
 # Most of the time goes into compiling small programs that run once: without LLVM's optimisation a
 # quarter less. XLA's own passes, which could change what a program means, are as for users.
 test: export XLA_FLAGS += --xla_backend_optimization_level=0
+# What one test has compiled another need not, nor the next run.
+test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: $(READY) ## formatting, lint, types, all tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -33,7 +37,7 @@ lock: $(READY) ## resolve requirements.lock anew
 	  --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment and all caches, keep runs/
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .jax_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml requirements.lock | $(RUN)

@@ -6,21 +6,24 @@ and a judge of another kind, who has seen neither, says whether it worked.
 
     python experiments/sentiment.py --data FOLDER --out runs/mine
 
-FOLDER holds `*.pos` and `*.neg`, one text a line; without it, text is generated.
+FOLDER holds `*.pos` and `*.neg`, one text a line; without it, text is generated. A run that was
+broken off goes on with `--resume`, to the same end. It uses all devices, and several processes
+when they are started together (docs/scaling.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -31,21 +34,24 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import rlhfjax.models as zoo
-from rlhfjax import checkpoint, kl, masked, rollout
-from rlhfjax.algorithms import ppo, reward_model, sft
-from rlhfjax.cli.metrics import MetricsLog
+from rlhfjax import checkpoint, kl, masked, rollout, sharding
+from rlhfjax.algorithms import dpo, grpo, ppo, reward_model, rewards, sft
+from rlhfjax.algorithms.iteration import Reward
+from rlhfjax.cli import memory, processes
 from rlhfjax.cli.plots import curves
-from rlhfjax.cli.progress import progress
+from rlhfjax.cli.run import Run, Trained, versions
 from rlhfjax.cli.samples import write_samples
-from rlhfjax.cli.timing import Clock, Compilations
+from rlhfjax.cli.timing import Clock
 from rlhfjax.data.batches import (
     Padded,
+    PaddedPair,
     bucket_batches,
     bucket_lengths,
     bucket_pair_batches,
     left_pad,
     right_pad,
 )
+from rlhfjax.data.cursor import batches_from
 from rlhfjax.data.generated import generated_corpus
 from rlhfjax.data.preferences import pair_by_label
 from rlhfjax.data.text import DataError, LabelledText, read_labelled, split_by_hash
@@ -71,6 +77,8 @@ class ModelArgs:
     """Attention heads."""
     context: int = 96
     """Longest sequence; longer texts are cut off there."""
+    remat: bool = False
+    """Compute activations again in the backward pass: less memory, the same result."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,14 @@ class SFTArgs:
     """Passes over the training texts."""
     batch: int = 32
     """Texts in an update."""
+    micro_batches: int = 1
+    """Parts of an update, one after the other: less memory, the same result."""
     learning_rate: float = 1.5e-3
     """Peak of a cosine schedule."""
     buckets: int = 4
     """Sequence lengths to compile for; more of them means less padding."""
+    save_every: int = 200
+    """Updates between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,14 @@ class RewardArgs:
     """Passes over the preference pairs; the best one on validation pairs is kept."""
     batch: int = 32
     """Pairs in an update."""
+    micro_batches: int = 1
+    """Parts of an update, one after the other: less memory, the same result."""
     learning_rate: float = 5e-4
     """Peak of a cosine schedule."""
     buckets: int = 2
     """Sequence lengths to compile for."""
+    save_every: int = 200
+    """Updates between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,8 @@ class PPOArgs:
     """Passes over each batch of rollouts."""
     minibatches: int = 3
     """Updates in each pass."""
+    micro_batches: int = 1
+    """Parts of an update, one after the other: less memory, the same result."""
     learning_rate: float = 5e-4
     """At the start; falls linearly to a tenth."""
     gae_lambda: float = 1.0
@@ -129,6 +147,50 @@ class PPOArgs:
     """Nats a response that the weight is adapted to."""
     kl_horizon: float = 2000.0
     """Samples in which the weight adapts; inf keeps it."""
+    save_every: int = 10
+    """Iterations between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class GRPOArgs:
+    """What GRPO has in place of PPO's value function; all else is as --ppo says."""
+
+    group: int = 8
+    """Responses to each prompt; there are as many prompts fewer."""
+    kl_coef: float = 0.17
+    """Weight of the KL penalty."""
+
+
+@dataclass(frozen=True)
+class DPOArgs:
+    """Learning from the preference pairs themselves, without a reward."""
+
+    epochs: int = 2
+    """Passes over the preference pairs."""
+    batch: int = 32
+    """Pairs in an update."""
+    micro_batches: int = 1
+    """Parts of an update, one after the other: less memory, the same result."""
+    learning_rate: float = 2e-4
+    """Peak of a cosine schedule."""
+    beta: float = 0.1
+    """β: how dear it is to leave the reference."""
+    buckets: int = 2
+    """Sequence lengths to compile for."""
+    save_every: int = 200
+    """Updates between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class MeshArgs:
+    """How the devices share the work."""
+
+    data: int | None = None
+    """Parts of each batch; all devices that the other two leave, if it is not given."""
+    fsdp: int = 1
+    """Parts of each batch, and of parameters and optimiser state."""
+    tensor: int = 1
+    """Parts of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -142,29 +204,56 @@ class Args:
     """Folder for everything that the run leaves behind."""
     seed: int = 0
     """Decides initial parameters, order of data and samples."""
+    algorithm: Literal["ppo", "grpo", "dpo"] = "ppo"
+    """What teaches the policy the preferences."""
+    resume: bool = False
+    """Go on with the run in --out, if there is one."""
+    keep: int = 2
+    """Checkpoints of each stage that are kept."""
+    distributed: bool = False
+    """Ask the cluster (Cloud TPU, SLURM, GKE) for the other processes of this run."""
+    heartbeat: int = 100
+    """Seconds after which a silent process is taken for dead, and the run ends."""
     model: ModelArgs = field(default_factory=ModelArgs)
     sft: SFTArgs = field(default_factory=SFTArgs)
     reward: RewardArgs = field(default_factory=RewardArgs)
     ppo: PPOArgs = field(default_factory=PPOArgs)
+    grpo: GRPOArgs = field(default_factory=GRPOArgs)
+    dpo: DPOArgs = field(default_factory=DPOArgs)
+    mesh: MeshArgs = field(default_factory=MeshArgs)
+
+
+# What may be another when a run is resumed: where it is, and how its work is shared.
+MAY_CHANGE = ("data", "out", "resume", "keep", "distributed", "heartbeat", "mesh", "save_every")
 
 
 def main(args: Args) -> dict[str, object]:
     """Tells the whole story and returns what `summary.json` holds."""
     check(args)
-    clock, compilations = Clock(), Compilations()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metrics.jsonl").unlink(missing_ok=True)
-    write_json(args.out / "config.json", dataclasses.asdict(args) | {"versions": versions()})
-    keys = jax.random.split(jax.random.key(args.seed), 4)
+    processes.join(cluster=args.distributed, heartbeat_seconds=args.heartbeat)
+    clock = Clock()
+    mesh = sharding.mesh(**vars(args.mesh))
+    texts = read_labelled(args.data) if args.data else generated_corpus(6000, seed=args.seed)
+    config = dataclasses.asdict(args) | {"texts": fingerprint(texts)}
+    with (
+        jax.set_mesh(mesh),
+        Run(
+            args.out, config, may_change=MAY_CHANGE, mesh=mesh, resume=args.resume, keep=args.keep
+        ) as run,
+    ):
+        return story(args, texts, run, clock)
+
+
+def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict[str, object]:
+    """From texts to a policy that people like better."""
+    keys = [sharding.put(key, run.mesh) for key in jax.random.split(jax.random.key(args.seed), 4)]
 
     # 1. Text: A will train the reward model, B the judge, both the language model.
-    texts = read_labelled(args.data) if args.data else generated_corpus(6000, seed=args.seed)
     splits = split(texts)
     train_texts = [text.text for text in splits["train_a"] + splits["train_b"]]
     codec = Codec(train_tokenizer(train_texts, args.model.vocab), args)
-    codec.tokenizer.save(str(args.out / "tokenizer.json"))
     truncated = codec.num_truncated([text.text for part in splits.values() for text in part])
-    if truncated:
+    if truncated and run.is_first:
         print(f"{truncated} texts are longer than --model.context and lose what is beyond it")
 
     # 2. The judge is of another kind and stands for the people whom the reward model imitates.
@@ -172,46 +261,63 @@ def main(args: Args) -> dict[str, object]:
 
     model, scorer = build_models(args.model, codec.tokenizer.get_vocab_size())
     prompts = {name: codec.prompts(splits[name]) for name in ("validation", "test")}
-    respond = jax.jit(partial(generate, model=model, num_tokens=args.ppo.response_tokens))
+    generate_all = jax.jit(partial(generate, model=model, num_tokens=args.ppo.response_tokens))
 
-    with MetricsLog(args.out / "metrics.jsonl") as log:
-        # 3. Supervised fine-tuning.
-        with clock("sft"):
-            policy = train_sft(args, model, codec.encode(train_texts), keys[0], log)
-            before = respond(policy, *prompts["test"], keys[3])
+    def respond(policy: Params, prompts: Padded) -> Rollout:
+        return generate_all(policy, *sharding.rows(prompts, run.mesh), keys[3])
 
-        # 4. The reward model, normalised on the policy's own samples before and after training.
-        with clock("reward"):
-            own = respond(policy, *prompts["validation"], keys[3])
-            start = {"backbone": policy, "head": scorer.init(keys[1])["head"]}
-            reward = train_reward(args, scorer, normalise(scorer, start, own), splits, codec, log)
-            reward = normalise(scorer, reward, own)
-            test_scores = score_texts(scorer, reward, codec, splits["test"])
+    # 3. Supervised fine-tuning.
+    with clock("sft"):
+        policy = train_sft(args, model, codec.encode(train_texts), keys[0], run)
+        before = respond(policy, prompts["test"])
 
-        # 5. PPO on the reward model under a KL penalty.
-        with clock("ppo"):
-            run = train_ppo(
-                args, model, scorer, policy, reward, prompts["validation"], codec, judge, keys[2],
-                log, compilations,
+    # 4. The reward model, normalised on the policy's own samples before and after training.
+    with clock("reward"):
+        own = respond(policy, prompts["validation"])
+        reward_of = rewards.of_model(scorer, model)
+        normalise = jax.jit(partial(normalised, reward_of))
+        start = jax.jit(partial(headed, scorer))(policy, keys[1])
+        reward = train_reward(args, scorer, normalise(start, own), splits, codec, run)
+        reward = normalise(reward, own)
+        test_scores = score_texts(scorer, reward, codec, splits["test"], run)
+
+    # 5. Learning from the reward model or from the pairs, under a KL penalty.
+    with clock(args.algorithm):
+        if args.algorithm == "dpo":
+            trained = train_dpo(args, model, policy, splits, codec, run)
+            new_policy = trained.state.params
+        else:
+            algorithm = {"ppo": proximal, "grpo": grouped}[args.algorithm](args, model, scorer)
+            trained = train_on_samples(
+                args, algorithm, reward_of, policy, reward, prompts["validation"], codec, judge,
+                keys[2], run,
             )  # fmt: skip
+            new_policy = algorithm.policy_of(trained.state.params)
 
     # 6. Fresh samples to test prompts for the judge and for the reader.
-    after = respond(run.policy, *prompts["test"], keys[3])
+    after = respond(new_policy, prompts["test"])
+    score = jax.jit(reward_of)
+    scores_before, scores_after = score(reward, before), score(reward, after)
+    kl_after = jax.jit(partial(divergence, model=model))(after, policy)
+    state_digest = checkpoint.digest(trained.state)
+    checkpoint.save(args.out / "checkpoint", {"policy": new_policy, "reward": reward})
+    if not run.is_first:
+        return {}
     texts_before, texts_after = codec.texts(before), codec.texts(after)
     verdicts_before, verdicts_after = judge.predict(texts_before), judge.predict(texts_after)
-    score = jax.jit(partial(reward_of, scorer))
+    codec.tokenizer.save(str(args.out / "tokenizer.json"))
     write_samples(
         args.out / "samples.md",
         codec.decode(before.prompts)[:SHOWN],
         codec.decode(before.responses)[:SHOWN],
         codec.decode(after.responses)[:SHOWN],
-        scores_before=score(reward, before)[:SHOWN],
-        scores_after=score(reward, after)[:SHOWN],
+        scores_before=scores_before[:SHOWN],
+        scores_after=scores_after[:SHOWN],
         gold_before=verdicts_before[:SHOWN],
         gold_after=verdicts_after[:SHOWN],
     )
-    curves(run.rows, args.out / "curves.png")
-    checkpoint.save(args.out / "checkpoint", {"policy": run.policy, "reward": reward})
+    if args.algorithm == "ppo":
+        curves(trained.rows, args.out / "curves.png")
     labels = [text.label for text in splits["test"]]
     summary = {
         "reward/pairwise_accuracy": pairwise_accuracy(test_scores, labels),
@@ -221,19 +327,22 @@ def main(args: Args) -> dict[str, object]:
         "gold/test_accuracy": judge.score([text.text for text in splits["test"]], labels),
         "gold/positive_rate_before": float(np.mean(verdicts_before)),
         "gold/positive_rate_after": float(np.mean(verdicts_after)),
-        "objective/kl": float(divergence(after, policy, model=model)),
+        "objective/kl": float(kl_after),
         "samples/distinct_fraction": len(set(texts_after)) / len(texts_after),
-        "ppo/first_ratio_error": max(row["ppo/first_ratio_error"] for row in run.rows),
-        "compilations_after_first_iteration": run.compilations_after_first_iteration,
+        "state/digest": state_digest,
+        "compilations_after_first_iteration": trained.recompilations,
         "data/texts": {name: len(members) for name, members in splits.items()},
         "data/truncated": truncated,
         **{f"seconds/{name}": seconds for name, seconds in clock.seconds.items()},
-        "seconds/compile": compilations.seconds,
+        "seconds/compile": run.compilations.seconds,
         "seconds/total": clock.total(),
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
-    write_json(args.out / "summary.json", summary)
+    if args.algorithm == "ppo":
+        worst = max(row["ppo/first_ratio_error"] for row in trained.rows)
+        summary["ppo/first_ratio_error"] = worst
+    run.write("summary.json", summary)
     return summary
 
 
@@ -245,11 +354,17 @@ def check(args: Args) -> None:
             f"--ppo.prompt-tokens and --ppo.response-tokens need {longest} positions, "
             f"--model.context has {args.model.context}: raise it or shorten either"
         )
-    if args.ppo.prompts % args.ppo.minibatches:
+    group = args.grpo.group if args.algorithm == "grpo" else 1
+    if args.ppo.prompts % (args.ppo.minibatches * group):
         raise ValueError(
-            f"--ppo.minibatches {args.ppo.minibatches} does not divide "
+            f"--ppo.minibatches {args.ppo.minibatches} of groups of {group} do not divide "
             f"--ppo.prompts {args.ppo.prompts}"
         )
+
+
+def fingerprint(texts: Sequence[LabelledText]) -> str:
+    """What tells one corpus from another."""
+    return hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
 
 
 def split(texts: Sequence[LabelledText]) -> dict[str, list[LabelledText]]:
@@ -333,6 +448,7 @@ def build_models(args: ModelArgs, vocab_size: int) -> tuple[LanguageModel, Scala
         width=args.width,
         num_layers=args.layers,
         num_heads=args.heads,
+        remat=args.remat,
     )
     model = zoo.decoder(config)
     head = zoo.linear_head(args.width, stddev=(args.width + 1) ** -0.5)
@@ -348,30 +464,75 @@ def adamw(peak: float, num_updates: int) -> optax.GradientTransformation:
 
 
 def train_sft(
-    args: Args, model: LanguageModel, texts: list[list[int]], key: Array, log: MetricsLog
+    args: Args, model: LanguageModel, texts: list[list[int]], key: Array, run: Run
 ) -> Params:
     """Maximum likelihood of the texts."""
     settings = args.sft
     lengths = bucket_lengths([len(t) for t in texts], num_buckets=settings.buckets)
-    batches = partial(
-        bucket_batches,
-        texts,
-        batch_size=settings.batch,
-        lengths=lengths,
-        pad_token=PAD,
-        seed=args.seed,
-    )
-    num_updates = settings.epochs * sum(1 for _ in batches(epoch=0))
+    part = sharding.part_of_process(run.mesh)
+
+    def epoch(number: int, start: int) -> Iterator[Padded]:
+        return bucket_batches(
+            texts, batch_size=settings.batch, lengths=lengths, pad_token=PAD, seed=args.seed,
+            epoch=number, start=start, part=part,
+        )  # fmt: skip
+
+    num_updates = settings.epochs * sum(1 for _ in epoch(0, 0))
     optimizer = adamw(settings.learning_rate, num_updates)
-    step = sft.make_step(model, optimizer)
-    state = sft.init(jax.jit(model.init)(key), optimizer)
-    with progress(num_updates, "sft") as advance:
-        for epoch in range(settings.epochs):
-            for tokens, mask in batches(epoch=epoch):
-                state, metrics = step(state, tokens, mask, mask)
-                row = log.write("sft", int(state.step), metrics)
-                advance(loss=row["loss"])
-    return state.params
+    update = memory.explained(
+        sft.make_step(model, optimizer, num_micro_batches=settings.micro_batches)
+    )
+
+    def step(state: sft.TrainState, batch: Padded) -> tuple[sft.TrainState, Any]:
+        tokens, mask = sharding.rows_of_process(batch, run.mesh)
+        return update(state, tokens, mask, mask)
+
+    trained = run.train(
+        "sft",
+        lambda key: sft.init(model.init(key), optimizer),
+        key,
+        step=step,
+        batches=partial(batches_from, epoch=epoch),
+        num_steps=num_updates,
+        save_every=settings.save_every,
+        show={"loss": "loss"},
+    )
+    return trained.state.params
+
+
+class Pairs:
+    """Preference pairs of A, new ones in every epoch."""
+
+    def __init__(
+        self, texts: list[LabelledText], codec: Codec, settings: RewardArgs | DPOArgs, run: Run
+    ) -> None:
+        self.texts, self.codec, self.settings = texts, codec, settings
+        self.part = sharding.part_of_process(run.mesh)
+        longest = [max(map(len, pair)) for pair in self.of_epoch(0)]
+        context = codec.args.model.context
+        self.lengths = [*bucket_lengths(longest, num_buckets=settings.buckets)[:-1], context]
+        self.num_batches = [sum(1 for _ in self.epoch(n, 0)) for n in range(settings.epochs)]
+
+    def of_epoch(self, number: int) -> list[tuple[list[int], list[int]]]:
+        pairs = pair_by_label(self.texts, seed=self.codec.args.seed + number)
+        chosen, rejected = (self.codec.encode(side) for side in zip(*pairs, strict=True))
+        return list(zip(chosen, rejected, strict=True))
+
+    def epoch(self, number: int, start: int) -> Iterator[PaddedPair]:
+        return bucket_pair_batches(
+            self.of_epoch(number), batch_size=self.settings.batch, lengths=self.lengths,
+            pad_token=PAD, seed=self.codec.args.seed, epoch=number, start=start, part=self.part,
+        )  # fmt: skip
+
+
+def preference_batch(pair: PaddedPair, run: Run, *, num_prompt_tokens: int) -> PreferenceBatch:
+    """Pairs of texts, the first tokens of which are the prompt."""
+    (chosen, chosen_mask), (rejected, rejected_mask) = sharding.rows_of_process(pair, run.mesh)
+    n = num_prompt_tokens
+    return PreferenceBatch(
+        chosen[:, :n], chosen_mask[:, :n], chosen[:, n:], chosen_mask[:, n:],
+        rejected[:, n:], rejected_mask[:, n:],
+    )  # fmt: skip
 
 
 def train_reward(
@@ -380,61 +541,88 @@ def train_reward(
     params: Params,
     splits: dict[str, list[LabelledText]],
     codec: Codec,
-    log: MetricsLog,
+    run: Run,
 ) -> Params:
-    """Bradley-Terry on pairs of A, new ones in every epoch; keeps the best epoch on validation."""
+    """Bradley-Terry on pairs of A; keeps the best epoch on validation."""
     settings = args.reward
-    size = {"batch_size": settings.batch, "pad_token": PAD, "seed": args.seed}
-    epochs = []
-    for epoch in range(settings.epochs):
-        pairs = pair_by_label(splits["train_a"], seed=args.seed + epoch)
-        chosen, rejected = (codec.encode(side) for side in zip(*pairs, strict=True))
-        epochs.append(list(zip(chosen, rejected, strict=True)))
-    longest = [max(map(len, pair)) for pair in epochs[0]]
-    lengths = [*bucket_lengths(longest, num_buckets=settings.buckets)[:-1], args.model.context]
-    batches = [
-        list(bucket_pair_batches(pairs, lengths=lengths, epoch=epoch, **size))
-        for epoch, pairs in enumerate(epochs)
-    ]
-    num_updates = sum(map(len, batches))
+    pairs = Pairs(splits["train_a"], codec, settings, run)
+    ends = set(np.cumsum(pairs.num_batches).tolist())
+    num_updates = max(ends)
     optimizer = adamw(settings.learning_rate, num_updates)
-    step = reward_model.make_step(scorer, optimizer)
-    state = reward_model.init(params, optimizer)
-    best, labels = (-1.0, params), [text.label for text in splits["validation"]]
-    with progress(num_updates, "reward") as advance:
-        for epoch in batches:
-            for (chosen, chosen_mask), (rejected, rejected_mask) in epoch:
-                none = chosen[:, :0], chosen_mask[:, :0]
-                batch = PreferenceBatch(*none, chosen, chosen_mask, rejected, rejected_mask)
-                state, metrics = step(state, batch)
-                row = log.write("reward", int(state.step), metrics)
-                advance(loss=row["loss"], accuracy=row["accuracy"])
-            scores = score_texts(scorer, state.params, codec, splits["validation"])
+    update = memory.explained(
+        reward_model.make_step(scorer, optimizer, num_micro_batches=settings.micro_batches)
+    )
+    labels = [text.label for text in splits["validation"]]
+
+    @partial(jax.jit, donate_argnums=0)
+    def keep_better(state: BestSoFar, accuracy: Array) -> BestSoFar:
+        better = accuracy > state.accuracy
+        best = jax.tree.map(partial(jnp.where, better), state.train.params, state.best)
+        return BestSoFar(state.train, best, jnp.maximum(accuracy, state.accuracy))
+
+    def start(params: Params) -> BestSoFar:
+        train = reward_model.init(params, optimizer)
+        return BestSoFar(train, jax.tree.map(jnp.copy, params), jnp.float32(-1))
+
+    def step(state: BestSoFar, pair: PaddedPair) -> tuple[BestSoFar, Any]:
+        batch = preference_batch(pair, run, num_prompt_tokens=0)
+        train, metrics = update(state.train, batch)
+        state = state._replace(train=train)
+        if int(train.step) in ends:
+            scores = score_texts(scorer, train.params, codec, splits["validation"], run)
             accuracy = pairwise_accuracy(scores, labels)
-            log.write("reward_validation", int(state.step), {"accuracy": accuracy})
-            if accuracy > best[0]:
-                best = accuracy, jax.device_get(state.params)
-    return best[1]
+            metrics |= {"validation/accuracy": accuracy}
+            state = keep_better(state, np.float32(accuracy))
+        return state, metrics
+
+    trained = run.train(
+        "reward",
+        start,
+        params,
+        step=step,
+        batches=partial(batches_from, epoch=pairs.epoch),
+        num_steps=num_updates,
+        save_every=settings.save_every,
+        show={"loss": "loss", "accuracy": "accuracy"},
+    )
+    return trained.state.best
+
+
+class BestSoFar(NamedTuple):
+    """Training of the reward model, and the best that it has come to."""
+
+    train: reward_model.TrainState
+    best: Params
+    accuracy: Array
 
 
 def score_texts(
-    scorer: ScalarModel, params: Params, codec: Codec, texts: Sequence[LabelledText]
+    scorer: ScalarModel,
+    params: Params,
+    codec: Codec,
+    texts: Sequence[LabelledText],
+    run: Run,
 ) -> np.ndarray:
     """The reward model's score of each text."""
     ids = codec.encode([text.text for text in texts])
-    tokens, mask = right_pad(ids, num_rows=len(ids), length=codec.args.model.context, pad_token=PAD)
-    return np.asarray(jax.jit(partial(reward_model.score, scorer))(params, tokens, mask))
+    size = {"num_rows": -(-len(ids) // 64) * 64, "length": codec.args.model.context}
+    batch = sharding.rows(right_pad(ids, **size, pad_token=PAD), run.mesh)
+    return np.asarray(jax.jit(partial(scores_of, scorer))(params, *batch))[: len(ids)]
 
 
-def reward_of(scorer: ScalarModel, params: Params, rollout: Rollout) -> Array:
-    """The reward model's score of prompts with their responses."""
-    first = rollout.prompts.shape[1]
-    return reward_model.score(scorer, params, rollout.tokens, rollout.attention_mask, first=first)
+def scores_of(scorer: ScalarModel, params: Params, tokens: Array, mask: Array) -> Array:
+    """The reward model's score of each row, for every process to read."""
+    return sharding.whole(reward_model.score(scorer, params, tokens, mask))
 
 
-def normalise(scorer: ScalarModel, params: Params, rollout: Rollout) -> Params:
+def headed(scorer: ScalarModel, policy: Params, key: Array) -> Params:
+    """A reward model that begins as the policy, with a new head."""
+    return {"backbone": policy, "head": scorer.init(key)["head"]}
+
+
+def normalised(reward: Reward, params: Params, rollout: Rollout) -> Params:
     """The reward model whose scores of the rollout have mean 0 and variance 1."""
-    scores = np.asarray(jax.jit(partial(reward_of, scorer))(params, rollout))
+    scores = reward(params, rollout)
     return params | {"head": zoo.rescale(params["head"], mean=scores.mean(), std=scores.std())}
 
 
@@ -447,10 +635,12 @@ def generate(
     model: LanguageModel,
     num_tokens: int,
 ) -> Rollout:
-    """Samples one response to each prompt."""
-    return rollout.generate(
-        model, params, prompts, prompt_mask, key,
-        num_tokens=num_tokens, pad_token=PAD, end_token=END,
+    """Samples one response to each prompt, for every process to read."""
+    return sharding.whole(
+        rollout.generate(
+            model, params, prompts, prompt_mask, key,
+            num_tokens=num_tokens, pad_token=PAD, end_token=END,
+        )
     )  # fmt: skip
 
 
@@ -463,76 +653,169 @@ def divergence(samples: Rollout, ref_params: Params, *, model: LanguageModel) ->
     return masked.sum(kl.k1(samples.log_probs, reference), mask, axis=1).mean()
 
 
-class PPORun(NamedTuple):
-    """What PPO leaves behind."""
+class Algorithm(NamedTuple):
+    """What learns from its own samples.
 
-    policy: Params
-    rows: list[dict[str, object]]
-    compilations_after_first_iteration: int
+    Attributes:
+      start: `(policy, reward, key) -> state`.
+      sample: `(state, prompts, prompt_mask) -> rollout`.
+      learn: `(state, rollout, scores, reference) -> (state, metrics)`.
+      policy_of: the policy's parameters among those of the state.
+      num_prompts: in an iteration.
+    """
+
+    start: Callable[..., Any]
+    sample: Callable[..., Rollout]
+    learn: Callable[..., tuple[Any, dict[str, Array]]]
+    policy_of: Callable[[Params], Params]
+    num_prompts: int
 
 
-def train_ppo(
-    args: Args,
-    model: LanguageModel,
-    scorer: ScalarModel,
-    policy: Params,
-    reward: Params,
-    prompts: Padded,
-    codec: Codec,
-    judge: Pipeline,
-    key: Array,
-    log: MetricsLog,
-    compilations: Compilations,
-) -> PPORun:
-    """Moves the policy towards what the reward model likes; the judge watches."""
-    settings = args.ppo
-    actor_critic = zoo.separate_trunks(model, scorer)
-    num_updates = settings.iterations * settings.epochs * settings.minibatches
+def falling_adam(settings: PPOArgs) -> optax.GradientTransformation:
+    """Adam at a learning rate that falls linearly to a tenth."""
     schedule = optax.linear_schedule(
-        settings.learning_rate, 0.1 * settings.learning_rate, num_updates
+        settings.learning_rate,
+        0.1 * settings.learning_rate,
+        settings.iterations * settings.epochs * settings.minibatches,
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
-    config = ppo.Config(
-        num_tokens=settings.response_tokens,
-        pad_token=PAD,
-        end_token=END,
-        num_epochs=settings.epochs,
-        num_minibatches=settings.minibatches,
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
+
+
+def lengths_and_passes(settings: PPOArgs) -> dict[str, int]:
+    """What the configs of the algorithms have in common."""
+    return {
+        "num_tokens": settings.response_tokens,
+        "pad_token": PAD,
+        "end_token": END,
+        "num_epochs": settings.epochs,
+        "num_minibatches": settings.minibatches,
+        "num_micro_batches": settings.micro_batches,
+    }
+
+
+def proximal(args: Args, model: LanguageModel, scorer: ScalarModel) -> Algorithm:
+    """PPO with a value function that begins as the reward model."""
+    settings, optimizer = args.ppo, falling_adam(args.ppo)
+    bound = {
+        "model": zoo.separate_trunks(model, scorer),
+        "config": ppo.Config(**lengths_and_passes(settings)),
+    }
     hyper = ppo.Hyperparameters(
         gae_lambda=settings.gae_lambda,
         kl_target=settings.kl_target,
         kl_horizon=settings.kl_horizon,
     )
 
-    @partial(jax.jit, donate_argnums=0)
-    def iterate(state: ppo.State, prompts: Padded, ref: Params, reward: Params):
-        samples = ppo.sample(state, *prompts, hyper, model=actor_critic, config=config)
-        scores = reward_of(scorer, reward, samples)
-        state, metrics = ppo.learn(
-            state, samples, scores, ref, hyper,
-            model=actor_critic, optimizer=optimizer, config=config,
-        )  # fmt: skip
-        return state, metrics, samples
+    def start(policy: Params, reward: Params, key: Array) -> ppo.State:
+        params = {"policy": policy, "value": reward}
+        return ppo.init(params, optimizer, key, kl_coef=settings.kl_coef)
 
-    params = {"policy": policy, "value": reward}
-    state = ppo.init(params, optimizer, key, kl_coef=settings.kl_coef)
-    rows: list[dict[str, Any]] = []
-    with progress(settings.iterations, "ppo") as advance:
-        for iteration in range(settings.iterations):
-            batch = draw(prompts, settings.prompts, iteration, args.seed)
-            state, metrics, samples = iterate(state, batch, policy, reward)
-            liked = {"gold/positive_rate": np.mean(judge.predict(codec.texts(samples)))}
-            rows.append(log.write("ppo", iteration, metrics | liked))
-            numbers = rows[-1]
-            advance(
-                score=numbers["objective/scores"],
-                gold=numbers["gold/positive_rate"],
-                kl=numbers["objective/kl"],
-            )
-            if iteration == 0:
-                compiled = compilations.count
-    return PPORun(state.params["policy"], rows, compilations.count - compiled)
+    return Algorithm(
+        start,
+        lambda *inputs: ppo.sample(*inputs, hyper, **bound),
+        lambda *inputs: ppo.learn(*inputs, hyper, optimizer=optimizer, **bound),
+        lambda params: params["policy"],
+        settings.prompts,
+    )
+
+
+def grouped(args: Args, model: LanguageModel, _: ScalarModel) -> Algorithm:
+    """GRPO."""
+    settings, optimizer, group = args.ppo, falling_adam(args.ppo), args.grpo.group
+    config = grpo.Config(**lengths_and_passes(settings), group_size=group)
+    hyper = grpo.Hyperparameters(kl_coef=args.grpo.kl_coef)
+    bound = {"model": model, "config": config}
+    return Algorithm(
+        lambda policy, reward, key: grpo.init(policy, optimizer, key),
+        lambda *inputs: grpo.sample(*inputs, hyper, **bound),
+        lambda *inputs: grpo.learn(*inputs, hyper, optimizer=optimizer, **bound),
+        lambda params: params,
+        settings.prompts // group,
+    )
+
+
+def train_on_samples(
+    args: Args,
+    algorithm: Algorithm,
+    reward_of: Reward,
+    policy: Params,
+    reward: Params,
+    prompts: Padded,
+    codec: Codec,
+    judge: Pipeline,
+    key: Array,
+    run: Run,
+) -> Trained:
+    """Moves the policy towards what the reward model likes; the judge watches."""
+    index, count = sharding.part_of_process(run.mesh)
+
+    @memory.explained
+    @partial(jax.jit, donate_argnums=0)
+    def iterate(state: Any, prompts: Padded, ref: Params, reward: Params):
+        samples = algorithm.sample(state, *prompts)
+        scores = reward_of(reward, samples)
+        state, metrics = algorithm.learn(state, samples, scores, ref)
+        return state, metrics, sharding.whole(samples)
+
+    def step(state: Any, batch: Padded) -> tuple[Any, dict[str, Any]]:
+        batch = sharding.rows_of_process(batch, run.mesh)
+        state, metrics, samples = iterate(state, batch, policy, reward)
+        liked = np.mean(judge.predict(codec.texts(samples)))
+        return state, metrics | {"gold/positive_rate": liked}
+
+    def epoch(_: int, start: int) -> Iterator[Padded]:
+        size = algorithm.num_prompts // count
+        for iteration in range(start, args.ppo.iterations):
+            batch = draw(prompts, algorithm.num_prompts, iteration, args.seed)
+            yield Padded(*(x[index * size : (index + 1) * size] for x in batch))
+
+    return run.train(
+        args.algorithm,
+        algorithm.start,
+        policy,
+        reward,
+        key,
+        step=step,
+        batches=partial(batches_from, epoch=epoch),
+        num_steps=args.ppo.iterations,
+        save_every=args.ppo.save_every,
+        show={"score": "objective/scores", "gold": "gold/positive_rate", "kl": "objective/kl"},
+        first=0,
+    )
+
+
+def train_dpo(
+    args: Args,
+    model: LanguageModel,
+    policy: Params,
+    splits: dict[str, list[LabelledText]],
+    codec: Codec,
+    run: Run,
+) -> Trained:
+    """DPO on the pairs that the reward model is trained on."""
+    settings = args.dpo
+    pairs = Pairs(splits["train_a"], codec, settings, run)
+    num_updates = sum(pairs.num_batches)
+    optimizer = adamw(settings.learning_rate, num_updates)
+    update = memory.explained(
+        dpo.make_step(model, optimizer, num_micro_batches=settings.micro_batches)
+    )
+    hyper = dpo.Hyperparameters(beta=settings.beta)
+
+    def step(state: dpo.TrainState, pair: PaddedPair) -> tuple[Any, Any]:
+        batch = preference_batch(pair, run, num_prompt_tokens=1)
+        return update(state, batch, policy, hyper)
+
+    return run.train(
+        "dpo",
+        lambda policy: dpo.init(policy, optimizer),
+        policy,
+        step=step,
+        batches=partial(batches_from, epoch=pairs.epoch),
+        num_steps=num_updates,
+        save_every=settings.save_every,
+        show={"loss": "loss", "accuracy": "rewards/accuracies"},
+    )
 
 
 def draw(prompts: Padded, number: int, iteration: int, seed: int) -> Padded:
@@ -542,16 +825,6 @@ def draw(prompts: Padded, number: int, iteration: int, seed: int) -> Padded:
     passes = {n: np.random.default_rng([seed, n]).permutation(total) for n in set(places // total)}
     rows = np.array([passes[place // total][place % total] for place in places])
     return Padded(prompts.tokens[rows], prompts.mask[rows])
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    return {name: version(name) for name in ("rlhfjax", "jax", "jaxlib", "flax", "optax")}
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    """Readable JSON; paths as text."""
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

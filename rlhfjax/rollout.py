@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhfjax import sampling
+from rlhfjax import sampling, sharding
 from rlhfjax.log_probs import token_log_probs
 from rlhfjax.types import LanguageModel, Params, Rollout
 
 Columns = dict[str, Array]
-Carry = tuple[Array, Columns, Array, Any]  # next token, columns, rows that ended, cache
+Carry = tuple[Array, Columns, Array, Array, Any]
+"""Next token, columns, rows that ended, whether all have, cache."""
 
 
 def generate(
@@ -36,7 +37,8 @@ def generate(
 
     Token t is `sampler(logits / temperature, u[t])` with one uniform number for each row and
     token, drawn from the row's own key `fold_in(key, row)`: a row's response does not depend on
-    the rest of the batch. The loop ends when every row has emitted the end token.
+    the rest of the batch. The loop ends when every row has emitted the end token. On a mesh each
+    device decodes its own rows, see `sharding.per_device`; the tokens are the same.
 
     Args:
       model: the policy.
@@ -49,7 +51,8 @@ def generate(
       end_token: the token that ends a response and belongs to it; None: all have T tokens.
       temperature: the logits are divided by it.
       sampler: `(logits [B, V], uniform [B]) -> tokens [B]`, such as `sampling.greedy` or
-        `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`.
+        `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`. On a mesh B
+        are the rows of one device, `sharding.row_numbers(B)` in the batch.
       value_of: `(hidden [B, D]) -> [B]`, read from the states that the tokens are sampled from.
 
     Returns:
@@ -62,7 +65,7 @@ def generate(
     chex.assert_rank([prompts, prompt_mask], 2)
     chex.assert_equal_shape([prompts, prompt_mask])
     chex.assert_type([prompts, prompt_mask], [int, bool])
-    batch, prompt_length = prompts.shape
+    prompt_length = prompts.shape[1]
     length = prompt_length + num_tokens
     if num_tokens < 1 or length > model.context_length:
         raise ValueError(
@@ -70,47 +73,55 @@ def generate(
             f"context of {model.context_length}: shorten either or build the model with a longer "
             "context_length"
         )
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    uniforms = jax.vmap(lambda k: jax.random.uniform(k, (num_tokens,)), out_axes=1)(row_keys)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(row_keys)
 
-    def sample(
-        columns: Columns, t: Array | int, hidden: Array, done: Array
-    ) -> tuple[Columns, Array]:
-        logits = model.logits(params, hidden).astype(jnp.float32) / temperature
-        token = sampler(logits, uniforms[t])
-        new = {"token": token, "log_prob": token_log_probs(logits, token)}
+    def respond(
+        shared: tuple[Params, float | Array], prompts: Array, prompt_mask: Array, uniforms: Array
+    ) -> Rollout:
+        params, temperature = shared
+
+        def sample(
+            columns: Columns, t: Array | int, hidden: Array, done: Array
+        ) -> tuple[Columns, Array]:
+            logits = model.logits(params, hidden).astype(jnp.float32) / temperature
+            token = sampler(logits, uniforms[t])
+            new = {"token": token, "log_prob": token_log_probs(logits, token)}
+            if value_of is not None:
+                new["value"] = value_of(hidden).astype(jnp.float32)
+            new["token"] = jnp.where(done, pad_token, token).astype(jnp.int32)
+            columns = {name: columns[name].at[t].set(new[name]) for name in new}
+            return columns, done if end_token is None else done | (new["token"] == end_token)
+
+        def not_finished(carry: Carry) -> Array | bool:
+            t, _, _, finished, _ = carry
+            return t < num_tokens if end_token is None else (t < num_tokens) & ~finished
+
+        def advance(carry: Carry) -> Carry:
+            t, columns, done, _, cache = carry
+            hidden, cache = model.decode(params, cache, columns["token"][t - 1])
+            columns, done = sample(columns, t, hidden, done)
+            return t + 1, columns, done, sharding.in_step(done.all()), cache
+
+        batch, uniforms = len(prompts), uniforms.T
+        hidden, cache = model.prefill(params, prompts, prompt_mask, length=length)
+        columns = {"log_prob": jnp.zeros((num_tokens, batch))}
         if value_of is not None:
-            new["value"] = value_of(hidden).astype(jnp.float32)
-        new["token"] = jnp.where(done, pad_token, token).astype(jnp.int32)
-        columns = {name: columns[name].at[t].set(new[name]) for name in new}
-        return columns, done if end_token is None else done | (new["token"] == end_token)
+            columns["value"] = jnp.zeros((num_tokens, batch))
+        columns["token"] = jnp.full((num_tokens, batch), pad_token, jnp.int32)
+        columns, done = sample(columns, 0, hidden, jnp.zeros(batch, bool))
+        start = jnp.int32(1), columns, done, sharding.in_step(done.all()), cache
+        _, columns, _, _, _ = jax.lax.while_loop(not_finished, advance, start)
 
-    def not_finished(carry: Carry) -> Array | bool:
-        t, _, done, _ = carry
-        return t < num_tokens if end_token is None else (t < num_tokens) & ~jnp.all(done)
+        responses = columns["token"].T
+        mask = sampling.response_mask(responses, end_token=end_token)
+        return Rollout(
+            tokens=jnp.concatenate([prompts.astype(jnp.int32), responses], 1),
+            attention_mask=jnp.concatenate([prompt_mask, mask], 1),
+            response_mask=mask,
+            log_probs=jnp.where(mask, columns["log_prob"].T, 0.0),
+            values=None if value_of is None else columns["value"].T,
+        )
 
-    def advance(carry: Carry) -> Carry:
-        t, columns, done, cache = carry
-        hidden, cache = model.decode(params, cache, columns["token"][t - 1])
-        columns, done = sample(columns, t, hidden, done)
-        return t + 1, columns, done, cache
-
-    hidden, cache = model.prefill(params, prompts, prompt_mask, length=length)
-    columns = {"log_prob": jnp.zeros((num_tokens, batch))}
-    if value_of is not None:
-        columns["value"] = jnp.zeros((num_tokens, batch))
-    columns["token"] = jnp.full((num_tokens, batch), pad_token, jnp.int32)
-    columns, done = sample(columns, 0, hidden, jnp.zeros(batch, bool))
-    _, columns, _, _ = jax.lax.while_loop(
-        not_finished, advance, (jnp.int32(1), columns, done, cache)
-    )
-
-    responses = columns["token"].T
-    mask = sampling.response_mask(responses, end_token=end_token)
-    return Rollout(
-        tokens=jnp.concatenate([prompts.astype(jnp.int32), responses], 1),
-        attention_mask=jnp.concatenate([prompt_mask, mask], 1),
-        response_mask=mask,
-        log_probs=jnp.where(mask, columns["log_prob"].T, 0.0),
-        values=None if value_of is None else columns["value"].T,
-    )
+    shared = params, temperature
+    return sharding.per_device(respond)(shared, prompts, prompt_mask, uniforms)

@@ -56,10 +56,14 @@ class ScalarModel(NamedTuple):
       init: `(key) -> params`.
       values: `(params, tokens [B, S], attention_mask [B, S], *, first=0) -> [B, S - first]`
         float32.
+      vocab_size: V, None where nobody knows.
+      context_length: the longest sequence, None where there is no limit.
     """
 
     init: Callable[[Array], Params]
     values: Callable[..., Array]
+    vocab_size: int | None = None
+    context_length: int | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -1,12 +1,13 @@
 """Algorithms: each a state, an `init`, and a `make_step` that gives one compiled program.
 
 cDPO is `dpo` with label smoothing, expert iteration is iterations of `rejection_sampling`.
-`iteration`, `critic_free`, `direct` and `train_state` are what they are made of, and what an
-algorithm of one's own is made of.
+`iteration`, `critic_free`, `direct`, `micro_batches` and `train_state` are what they are made of,
+and what an algorithm of one's own is made of.
 """
 
 from rlhfjax.algorithms import (
     best_of_n,
+    checks,
     cispo,
     cpo,
     critic_free,
@@ -19,6 +20,7 @@ from rlhfjax.algorithms import (
     ipo,
     iteration,
     kto,
+    micro_batches,
     online_dpo,
     orpo,
     ppo,
@@ -36,6 +38,7 @@ from rlhfjax.algorithms import (
 
 __all__ = [
     "best_of_n",
+    "checks",
     "cispo",
     "cpo",
     "critic_free",
@@ -48,6 +51,7 @@ __all__ = [
     "ipo",
     "iteration",
     "kto",
+    "micro_batches",
     "online_dpo",
     "orpo",
     "ppo",

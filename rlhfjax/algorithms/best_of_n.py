@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhfjax import masked
-from rlhfjax.algorithms import critic_free
+from rlhfjax import masked, sharding
+from rlhfjax.algorithms import checks, critic_free
 from rlhfjax.algorithms.iteration import Metrics, Reward, State
 from rlhfjax.types import LanguageModel, Params, Rollout
 
@@ -53,7 +53,8 @@ def init(params: Params, key: Array) -> State:
     Returns:
       a `State` without an optimiser; only its step ever changes.
     """
-    return State(jax.tree.map(jnp.copy, params), (), jnp.copy(key), jnp.int32(0))
+    params = jax.tree.map(jnp.copy, params)
+    return State(params, (), jnp.copy(key), jnp.int32(0), jnp.int32(0))
 
 
 def select(rows: Any, scores: Array, *, group_size: int) -> Any:
@@ -84,9 +85,13 @@ def make_step(
 
     Returns:
       `step(state, prompts, prompt_mask, reward_params, hyper) -> (state, rollout, metrics)`: the
-      best response to each prompt, and the mean scores of all and of the best. The state is
-      donated.
+      best response to each prompt, the mean scores of all and of the best, and how many have a
+      score and have none. The state is donated.
+
+    Raises:
+      ValueError: a token of the config is not in the vocabulary.
     """
+    checks.special_tokens(config, vocab_size=model.vocab_size)
 
     def step(
         state: State,
@@ -98,10 +103,14 @@ def make_step(
         samples = sample(state, prompts, prompt_mask, hyper, model=model, config=config)
         scores = reward(reward_params, samples)
         best = select((samples, scores), scores, group_size=config.group_size)
+        scored = jnp.isfinite(scores)
         metrics = {
-            "objective/scores": masked.mean(scores, jnp.isfinite(scores)),
+            "objective/scores": masked.mean(scores, scored),
             "objective/best_scores": masked.mean(best[1], jnp.isfinite(best[1])),
+            "val/num_scored": scored.sum(),
+            "val/num_unscored": (~scored).sum(),
         }
         return replace(state, step=state.step + 1), best[0], metrics
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = sharding.Step(step)
+    return checks.Checked(compiled, "prompts", vocab_size=model.vocab_size)

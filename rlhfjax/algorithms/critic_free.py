@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import kl, masked, rollout, sampling
-from rlhfjax.algorithms import iteration
+from rlhfjax import kl, masked, rollout, sampling, sharding
+from rlhfjax.algorithms import checks, iteration
 from rlhfjax.algorithms.iteration import Metrics, State
+from rlhfjax.algorithms.micro_batches import in_micro_batches, of_whole_batch
 from rlhfjax.algorithms.train_state import descend
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.types import LanguageModel, Loss, Params, Rollout
@@ -35,6 +37,8 @@ class Config:
       group_size: G, responses to each prompt.
       num_epochs: passes over each batch of rollouts.
       num_minibatches: updates in each pass, of whole groups; must divide the number of prompts.
+      num_micro_batches: parts of a minibatch that go through the model one after the other, for
+        less memory and the same result; must divide the rows of a minibatch.
       sampler: from logits and uniform numbers to tokens, see `rollout.generate`.
     """
 
@@ -44,6 +48,7 @@ class Config:
     group_size: int = 1
     num_epochs: int = 1
     num_minibatches: int = 1
+    num_micro_batches: int = 1
     sampler: Callable[[Array, Array], Array] = sampling.categorical
     smallest_group: ClassVar[int] = 1
 
@@ -163,6 +168,7 @@ def experience(
     *,
     model: LanguageModel,
     group_size: int,
+    num_micro_batches: int = 1,
 ) -> Experience:
     """The reference pass. A sample whose score is not finite is left out of everything.
 
@@ -173,19 +179,19 @@ def experience(
       hyper: the numbers.
       model: the policy.
       group_size: G.
+      num_micro_batches: parts of the batch that go through the model one after the other.
 
     Returns:
       the experience, its advantages still 0.
     """
+    checks.context(samples.tokens, model.context_length)
     samples, scores = iteration.leave_out_unscored(samples, scores)
     mask = samples.response_mask
-    ref_log_probs, _ = response_log_probs(
-        model,
-        ref_params,
-        samples.tokens,
-        samples.attention_mask,
-        mask.shape[1],
-        temperature=hyper.temperature,
+    log_probs_of = partial(
+        response_log_probs, model, num_tokens=mask.shape[1], temperature=hyper.temperature
+    )
+    ref_log_probs, _ = in_micro_batches(log_probs_of, num_micro_batches)(
+        ref_params, samples.tokens, samples.attention_mask
     )
     ref_log_probs = masked.fill(ref_log_probs, mask)
     return Experience(samples, scores, ref_log_probs, jnp.zeros(mask.shape), group_size)
@@ -222,13 +228,22 @@ def learn(
 
     Returns:
       the next state and the metrics: `objective/…` of the samples, means over the updates of the
-      others, and `val/first_ratio_error`, the largest |π/π_old - 1| before the first update.
+      others; `val/first_ratio_error`, the largest |π/π_old - 1| before the first update; and
+      `val/num_skipped`, how many updates were left out because a gradient was not finite.
 
     Raises:
-      ValueError: the minibatches do not divide the prompts.
+      ValueError: the minibatches do not divide the prompts, or the micro-batches a minibatch.
     """
+    samples, scores = sharding.split_rows((samples, scores))
+    num_parts = of_whole_batch(config.num_minibatches, config.num_micro_batches)
     batch = experience(
-        samples, scores, ref_params, hyper, model=model, group_size=config.group_size
+        samples,
+        scores,
+        ref_params,
+        hyper,
+        model=model,
+        group_size=config.group_size,
+        num_micro_batches=num_parts,
     )
     own = jax.tree.map(lambda x: x[sampled], batch)
     divergence = kl.k1(own.rollout.log_probs, own.ref_log_probs)
@@ -237,7 +252,14 @@ def learn(
 
     def of_groups(params: Params, groups: Experience) -> Loss:
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
-        return _loss(params, rows, hyper, model=model, loss=loss)
+        return _loss(
+            params,
+            sharding.split_rows(rows),
+            hyper,
+            model=model,
+            loss=loss,
+            num_micro_batches=config.num_micro_batches,
+        )
 
     num_prompts = len(scores) // config.group_size
     groups = jax.tree.map(lambda x: x.reshape(num_prompts, -1, *x.shape[1:]), batch)
@@ -247,13 +269,16 @@ def learn(
         state.opt_state,
         groups,
         iteration.keys(state)[1],
+        wanted=lambda groups: groups.mask.any(),
         optimizer=optimizer,
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
     )
     metrics["val/first_ratio_error"] = measured.pop("ratio_error")[0]
+    metrics["val/num_skipped"] = measured.pop("val/num_skipped").sum()
     metrics |= {name: x.mean() for name, x in measured.items()}
-    return State(params, opt_state, state.key, state.step + 1), metrics
+    num_skipped = state.num_skipped + metrics["val/num_skipped"]
+    return State(params, opt_state, state.key, state.step + 1, num_skipped), metrics
 
 
 _METRIC_NAMES = {
@@ -271,16 +296,15 @@ def _loss(
     *,
     model: LanguageModel,
     loss: ExperienceLoss,
+    num_micro_batches: int,
 ) -> Loss:
     """The forward pass of a minibatch, the algorithm's loss, and what is measured of both."""
     samples, mask = batch.rollout, batch.mask
-    log_probs, entropies = response_log_probs(
-        model,
-        params,
-        samples.tokens,
-        samples.attention_mask,
-        mask.shape[1],
-        temperature=hyper.temperature,
+    log_probs_of = partial(
+        response_log_probs, model, num_tokens=mask.shape[1], temperature=hyper.temperature
+    )
+    log_probs, entropies = in_micro_batches(log_probs_of, num_micro_batches)(
+        params, samples.tokens, samples.attention_mask
     )
     log_probs = masked.fill(log_probs, mask)
     value, metrics = loss(log_probs, batch, hyper)

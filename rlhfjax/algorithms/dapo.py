@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import advantages, kl, masked, sequences
-from rlhfjax.algorithms import critic_free, grpo, iteration
+from rlhfjax import advantages, kl, masked, sequences, sharding
+from rlhfjax.algorithms import checks, critic_free, grpo, iteration
 from rlhfjax.algorithms.critic_free import Experience
 from rlhfjax.algorithms.iteration import Metrics, Reward, State
 from rlhfjax.losses import policy
@@ -234,8 +234,13 @@ def make_step(
       `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)` of
       R·N prompts, with the metrics `val/num_groups` and `val/num_rounds`. The state is donated.
       The `objective/…` metrics are of the groups that are learned from. Places that no group was
-      found for have no score and count nowhere but in `val/num_unscored`.
+      found for have no score and count nowhere but in `val/num_unscored`; `val/num_scored` is of
+      all rounds, so that a reward that fails can be told from groups that do not differ.
+
+    Raises:
+      ValueError: a token of the config is not in the vocabulary.
     """
+    checks.special_tokens(config, vocab_size=model.vocab_size)
 
     def step(
         state: State,
@@ -267,17 +272,22 @@ def make_step(
             )
             return samples, reward(reward_params, samples)
 
-        def more(carry: tuple[Array, Collected]) -> Array:
-            number, collected = carry
+        def more(carry: tuple[Array, Array, Collected]) -> Array:
+            number, _, collected = carry
             return (number < config.num_rounds) & (collected.num_groups < num_places)
 
-        def another(carry: tuple[Array, Collected]) -> tuple[Array, Collected]:
-            number, collected = carry
-            return number + 1, collect(collected, *scored(number), group_size=config.group_size)
+        def another(carry: tuple[Array, Array, Collected]) -> tuple[Array, Array, Collected]:
+            number, num_scored, collected = carry
+            samples, scores = scored(number)
+            num_scored += jnp.isfinite(scores).sum()
+            collected = collect(collected, samples, scores, group_size=config.group_size)
+            return number + 1, num_scored, collected
 
         samples, scores = scored(0)
         collected = collect(nothing_of(samples), samples, scores, group_size=config.group_size)
-        number, collected = jax.lax.while_loop(more, another, (jnp.int32(1), collected))
+        number, num_scored, collected = jax.lax.while_loop(
+            more, another, (jnp.int32(1), jnp.isfinite(scores).sum(), collected)
+        )
         state, metrics = learn(
             state,
             collected.rollout,
@@ -288,10 +298,15 @@ def make_step(
             optimizer=optimizer,
             config=config,
         )
-        metrics |= {"val/num_groups": collected.num_groups, "val/num_rounds": number}
+        metrics |= {
+            "val/num_groups": collected.num_groups,
+            "val/num_rounds": number,
+            "val/num_scored": num_scored,
+        }
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = sharding.Step(step)
+    return checks.Checked(compiled, "prompts", vocab_size=model.vocab_size)
 
 
 _, make_halves = iteration.makers(sample, learn)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import masked
+from rlhfjax import masked, sharding
+from rlhfjax.algorithms import checks
+from rlhfjax.algorithms.micro_batches import in_micro_batches
 from rlhfjax.algorithms.train_state import TrainState, apply_gradients
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.losses import supervised
@@ -50,7 +52,12 @@ class Responses(NamedTuple):
 
 
 def responses(
-    params: Params, batch: PreferenceBatch, ref_params: Params | None, *, model: LanguageModel
+    params: Params,
+    batch: PreferenceBatch,
+    ref_params: Params | None,
+    *,
+    model: LanguageModel,
+    num_micro_batches: int = 1,
 ) -> tuple[Responses, Responses]:
     """The chosen and the rejected responses, in one pass of each model.
 
@@ -59,24 +66,29 @@ def responses(
       batch: B pairs.
       ref_params: of the reference; None for the methods that have none.
       model: both models.
+      num_micro_batches: parts of the 2·B responses that go through a model one after the other.
 
     Returns:
       chosen and rejected.
 
     Raises:
-      ValueError: the prompts have no tokens.
+      ValueError: the prompts have no tokens, prompts with responses are longer than the context,
+        or the micro-batches do not divide the responses.
     """
     if batch.prompts.shape[1] == 0:
         raise ValueError(
             "prompts of 0 tokens: the first token of a response is predicted from what stands "
             "before it, so give each prompt at least a beginning-of-text token"
         )
-    tokens, attention_mask = batch.sequences
+    tokens, attention_mask = sharding.split_rows(batch.sequences)
+    checks.context(tokens, model.context_length)
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
 
+    log_probs_of = partial(response_log_probs, model, num_tokens=mask.shape[1])
+
     def under(params: Params) -> Array:
-        log_probs, _ = response_log_probs(model, params, tokens, attention_mask, mask.shape[1])
-        return masked.fill(log_probs, mask)
+        passed = in_micro_batches(log_probs_of, num_micro_batches)
+        return masked.fill(passed(params, tokens, attention_mask)[0], mask)
 
     ref_log_probs = jnp.zeros(mask.shape) if ref_params is None else under(ref_params)
     both = (under(params), jax.lax.stop_gradient(ref_log_probs), mask)
@@ -137,6 +149,7 @@ def loss(
     *,
     pair_loss: PairLoss,
     model: LanguageModel,
+    num_micro_batches: int = 1,
 ) -> Loss:
     """The loss of a method on a batch.
 
@@ -147,34 +160,39 @@ def loss(
       hyper: the method's numbers.
       pair_loss: the method.
       model: both models.
+      num_micro_batches: as in `responses`.
 
     Returns:
       the loss and its metrics.
     """
     of_pairs = partial(pair_loss, hyper=hyper)
-    return both_orders(
-        of_pairs, *responses(params, batch, ref_params, model=model), batch.chosen_probs
-    )
+    sides = responses(params, batch, ref_params, model=model, num_micro_batches=num_micro_batches)
+    return both_orders(of_pairs, *sides, batch.chosen_probs)
 
 
 def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
     """`make_step` of a direct method.
 
     Args:
-      loss: `(params, batch, ref_params, hyper, *, model) -> (loss, metrics)`.
+      loss: `(params, batch, ref_params, hyper, *, model, num_micro_batches) -> (loss, metrics)`.
 
     Returns:
       the function.
     """
 
     def make_step(
-        model: LanguageModel, optimizer: optax.GradientTransformation
+        model: LanguageModel,
+        optimizer: optax.GradientTransformation,
+        *,
+        num_micro_batches: int = 1,
     ) -> Callable[..., tuple[TrainState, Metrics]]:
         """One compiled update from preference pairs.
 
         Args:
           model: the policy, and the reference.
           optimizer: any optax optimiser.
+          num_micro_batches: parts of a batch that go through a model one after the other, for less
+            memory and the same result; must divide the 2·B responses.
 
         Returns:
           `step(state, batch, ref_params, hyper) -> (state, metrics)`; `ref_params` is None for the
@@ -182,7 +200,7 @@ def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
         """
 
         def with_value(*args: Any) -> Loss:
-            value, metrics = loss(*args, model=model)
+            value, metrics = loss(*args, model=model, num_micro_batches=num_micro_batches)
             return value, metrics | {"loss": value}
 
         def step(
@@ -191,8 +209,10 @@ def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
             grads, metrics = jax.grad(with_value, has_aux=True)(
                 state.params, batch, ref_params, hyper
             )
-            return apply_gradients(state, grads, optimizer), metrics
+            state, counted = apply_gradients(state, grads, optimizer)
+            return state, metrics | counted
 
-        return jax.jit(step, donate_argnums=0)
+        compiled = sharding.Step(step)
+        return checks.Checked(compiled, "batch", vocab_size=model.vocab_size)
 
     return make_step

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import masked
-from rlhfjax.types import Params, Rollout
+from rlhfjax import masked, sharding
+from rlhfjax.algorithms import checks
+from rlhfjax.types import LanguageModel, Params, Rollout
 
 Metrics = dict[str, Array]
 Reward = Callable[[Params, Rollout], Array]
@@ -32,13 +33,15 @@ class State:
       params: of the policy.
       opt_state: the optimiser's state.
       key: typed key; iteration i uses `fold_in(key, i)`, the key itself never changes.
-      step: [] int32, iterations done.
+      step: [] int32, iterations done, whether or not any of their updates was left out.
+      num_skipped: [] int32, updates left out because a gradient was not finite.
     """
 
     params: Params
     opt_state: optax.OptState
     key: Array
     step: Array
+    num_skipped: Array
 
 
 def init(params: Params, optimizer: optax.GradientTransformation, key: Array) -> State:
@@ -53,7 +56,7 @@ def init(params: Params, optimizer: optax.GradientTransformation, key: Array) ->
       a `State`.
     """
     params = jax.tree.map(jnp.copy, params)
-    return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0))
+    return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0), jnp.int32(0))
 
 
 def keys(state: Any) -> tuple[Array, Array]:
@@ -98,7 +101,8 @@ def objective_metrics(
     Returns:
       `objective/kl`; `objective/entropy`, of -log π of the samples; `objective/scores`;
       `objective/non_score_reward`, -β·kl; `objective/rlhf_reward`, scores - β·kl;
-      `objective/kl_coef`; `val/num_unscored`.
+      `objective/kl_coef`; `val/num_scored` and `val/num_unscored`, responses: an iteration without
+      any of the former changes neither parameters nor optimiser.
     """
     mask = samples.response_mask
     scored = mask.any(1)
@@ -111,19 +115,27 @@ def objective_metrics(
         "objective/rlhf_reward": mean_score - kl_coef * mean_kl,
         "objective/scores": mean_score,
         "objective/kl_coef": jnp.float32(kl_coef),
+        "val/num_scored": scored.sum(),
         "val/num_unscored": (~scored).sum(),
     }
 
 
 def makers(
-    sample: Callable[..., Rollout], learn: Callable[..., tuple[Any, Metrics]]
+    sample: Callable[..., Rollout],
+    learn: Callable[..., tuple[Any, Metrics]],
+    *,
+    policy_of: Callable[[Any], LanguageModel] = lambda model: model,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`make_step` and `make_halves` of an algorithm.
+
+    Both refuse a config whose tokens the policy does not know; what they make refuses prompts and
+    samples with such tokens, before it is compiled, where it is called with arrays.
 
     Args:
       sample: `(state, prompts, prompt_mask, hyper, *, model, config) -> rollout`.
       learn: `(state, rollout, scores, ref_params, hyper, *, model, optimizer, config) ->
         (state, metrics)`.
+      policy_of: the language model in what is trained.
 
     Returns:
       the two functions.
@@ -143,7 +155,12 @@ def makers(
         Returns:
           `step(state, prompts, prompt_mask, ref_params, reward_params, hyper) -> (state, metrics)`.
           The state is donated.
+
+        Raises:
+          ValueError: a token of the config is not in the vocabulary.
         """
+        vocab_size = policy_of(model).vocab_size
+        checks.special_tokens(config, vocab_size=vocab_size)
         draw = partial(sample, model=model, config=config)
         update = partial(learn, model=model, optimizer=optimizer, config=config)
 
@@ -158,7 +175,8 @@ def makers(
             samples = draw(state, prompts, prompt_mask, hyper)
             return update(state, samples, reward(reward_params, samples), ref_params, hyper)
 
-        return jax.jit(step, donate_argnums=0)
+        compiled = sharding.Step(step)
+        return checks.Checked(compiled, "prompts", vocab_size=vocab_size)
 
     def make_halves(
         model: Any, optimizer: optax.GradientTransformation, config: Any
@@ -174,9 +192,17 @@ def makers(
           `sample(state, prompts, prompt_mask, hyper) -> rollout` and
           `learn(state, rollout, scores, ref_params, hyper) -> (state, metrics)`, which donates the
           state. `rewards.call` turns a Python function's answer into scores.
+
+        Raises:
+          ValueError: a token of the config is not in the vocabulary.
         """
-        draw = partial(sample, model=model, config=config)
-        update = partial(learn, model=model, optimizer=optimizer, config=config)
-        return jax.jit(draw), jax.jit(update, donate_argnums=0)
+        vocab_size = policy_of(model).vocab_size
+        checks.special_tokens(config, vocab_size=vocab_size)
+        draw = jax.jit(partial(sample, model=model, config=config))
+        update = sharding.Step(partial(learn, model=model, optimizer=optimizer, config=config))
+        return (
+            checks.Checked(draw, "prompts", vocab_size=vocab_size),
+            checks.Checked(update, "samples", vocab_size=vocab_size),
+        )
 
     return make_step, make_halves

@@ -32,7 +32,12 @@ class Hyperparameters:
 
 
 def mismatched_kl(
-    params: Params, batch: PreferenceBatch, ref_params: Params, *, model: LanguageModel
+    params: Params,
+    batch: PreferenceBatch,
+    ref_params: Params,
+    *,
+    model: LanguageModel,
+    num_micro_batches: int = 1,
 ) -> Array:
     """z: `unpaired.reference_kl` of the responses of each pair to the prompt of the next one.
 
@@ -41,6 +46,7 @@ def mismatched_kl(
       batch: B rows; the pairs among them should differ in prompt from their neighbours.
       ref_params: of the reference.
       model: both models.
+      num_micro_batches: as in `direct.responses`.
 
     Returns:
       scalar float32, without a gradient.
@@ -51,7 +57,13 @@ def mismatched_kl(
     mismatched = replace(
         batch, prompts=batch.prompts[following], prompt_mask=batch.prompt_mask[following]
     )
-    sides = direct.responses(jax.lax.stop_gradient(params), mismatched, ref_params, model=model)
+    sides = direct.responses(
+        jax.lax.stop_gradient(params),
+        mismatched,
+        ref_params,
+        model=model,
+        num_micro_batches=num_micro_batches,
+    )
     now, ref = (jnp.concatenate(x) for x in zip(*(side.sums for side in sides), strict=True))
     return unpaired.reference_kl(now, ref, jnp.tile(batch.pairs, 2))
 
@@ -102,6 +114,7 @@ def loss(
     hyper: Hyperparameters,
     *,
     model: LanguageModel,
+    num_micro_batches: int = 1,
 ) -> Loss:
     """The loss of a batch, z measured on the batch itself.
 
@@ -111,13 +124,21 @@ def loss(
       ref_params: of the reference.
       hyper: the numbers.
       model: both models.
+      num_micro_batches: as in `direct.responses`.
 
     Returns:
       the loss and its metrics.
     """
-    kl = mismatched_kl(params, batch, ref_params, model=model)
-    of_pairs = partial(pair_loss, kl=kl)
-    return direct.loss(params, batch, ref_params, hyper, pair_loss=of_pairs, model=model)
+    kl = mismatched_kl(params, batch, ref_params, model=model, num_micro_batches=num_micro_batches)
+    return direct.loss(
+        params,
+        batch,
+        ref_params,
+        hyper,
+        pair_loss=partial(pair_loss, kl=kl),
+        model=model,
+        num_micro_batches=num_micro_batches,
+    )
 
 
 State = train_state.TrainState

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import advantages, kl, masked, rollout, sampling
-from rlhfjax.algorithms import iteration
+from rlhfjax import advantages, kl, masked, rollout, sampling, sharding
+from rlhfjax.algorithms import checks, iteration
 from rlhfjax.algorithms.iteration import Metrics
+from rlhfjax.algorithms.micro_batches import in_micro_batches, of_whole_batch
 from rlhfjax.algorithms.train_state import descend
 from rlhfjax.log_probs import response_inputs, response_log_probs, token_log_probs_and_entropy
 from rlhfjax.losses import policy, value
@@ -35,6 +37,8 @@ class Config:
       end_token: ends a response; None: every response has T tokens.
       num_epochs: passes over each batch of rollouts.
       num_minibatches: updates in each pass; must divide the batch.
+      num_micro_batches: parts of a minibatch that go through the models one after the other, for
+        less memory and the same result; must divide the minibatch.
       sampler: from logits and uniform numbers to tokens, see `rollout.generate`.
     """
 
@@ -43,6 +47,7 @@ class Config:
     end_token: int | None = None
     num_epochs: int = 4
     num_minibatches: int = 4
+    num_micro_batches: int = 1
     sampler: Callable[[Array, Array], Array] = sampling.categorical
 
 
@@ -84,7 +89,8 @@ class State:
       params: of the `ActorCritic`.
       opt_state: the optimiser's state.
       key: typed key; iteration i uses `fold_in(key, i)`, the key itself never changes.
-      step: [] int32, iterations done.
+      step: [] int32, iterations done, whether or not any of their updates was left out.
+      num_skipped: [] int32, updates left out because a gradient was not finite.
       kl_coef: [] float32, β.
     """
 
@@ -92,6 +98,7 @@ class State:
     opt_state: optax.OptState
     key: Array
     step: Array
+    num_skipped: Array
     kl_coef: Array
 
 
@@ -133,7 +140,7 @@ def init(
     """
     params = jax.tree.map(jnp.copy, params)
     beta = jnp.asarray(kl_coef, jnp.float32)
-    return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0), beta)
+    return State(params, optimizer.init(params), jnp.copy(key), jnp.int32(0), jnp.int32(0), beta)
 
 
 def sample(
@@ -183,6 +190,7 @@ def experience(
     kl_coef: Array,
     *,
     model: ActorCritic,
+    num_micro_batches: int = 1,
 ) -> tuple[Experience, Metrics]:
     """Reference and value passes, token rewards r = -β·k1 + score, GAE, whitening.
 
@@ -196,25 +204,27 @@ def experience(
       hyper: the numbers.
       kl_coef: [] β.
       model: policy and value function.
+      num_micro_batches: parts of the batch that go through the models one after the other.
 
     Returns:
       the experience, and the `objective/…` metrics.
     """
     num_tokens = samples.response_mask.shape[1]
+    checks.context(samples.tokens, model.policy.context_length)
     samples, scores = iteration.leave_out_unscored(samples, scores)
     mask = samples.response_mask
-    inputs = response_inputs(samples.tokens, samples.attention_mask, num_tokens)
+    rows = samples.tokens, samples.attention_mask
+
+    def values_of(params: Params, tokens: Array, attention_mask: Array) -> Array:
+        return model.outputs(params, **response_inputs(tokens, attention_mask, num_tokens))[1]
+
     values = samples.values
     if values is None:
-        values = model.outputs(params, **inputs)[1]
-    ref_log_probs, _ = response_log_probs(
-        model.policy,
-        ref_params,
-        samples.tokens,
-        samples.attention_mask,
-        num_tokens,
-        temperature=hyper.temperature,
+        values = in_micro_batches(values_of, num_micro_batches)(params, *rows)
+    log_probs_of = partial(
+        response_log_probs, model.policy, num_tokens=num_tokens, temperature=hyper.temperature
     )
+    ref_log_probs, _ = in_micro_batches(log_probs_of, num_micro_batches)(ref_params, *rows)
     divergence = jnp.where(mask, kl.k1(samples.log_probs, ref_log_probs), 0.0)
     rewards = advantages.token_rewards(scores, divergence, mask, kl_coef=kl_coef)
     token_advantages, returns = advantages.gae(
@@ -226,7 +236,12 @@ def experience(
 
 
 def loss(
-    params: Params, batch: Experience, hyper: Hyperparameters, *, model: ActorCritic
+    params: Params,
+    batch: Experience,
+    hyper: Hyperparameters,
+    *,
+    model: ActorCritic,
+    num_micro_batches: int = 1,
 ) -> tuple[Array, Metrics]:
     """Clipped policy loss + c_v · clipped value loss - c_e · entropy, token means.
 
@@ -235,6 +250,7 @@ def loss(
       batch: a minibatch of experience.
       hyper: the numbers.
       model: policy and value function.
+      num_micro_batches: parts of the minibatch that go through the models one after the other.
 
     Returns:
       the loss and the metrics of this minibatch.
@@ -243,12 +259,22 @@ def loss(
       Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 9.
     """
     samples, mask = batch.rollout, batch.rollout.response_mask
-    inputs = response_inputs(samples.tokens, samples.attention_mask, mask.shape[1])
-    hidden, values = model.outputs(params, **inputs)
-    log_probs, entropies = token_log_probs_and_entropy(
-        model.policy.logits(params["policy"], hidden),
-        samples.responses,
-        temperature=hyper.temperature,
+    num_tokens = mask.shape[1]
+
+    def outputs_of(
+        params: Params, tokens: Array, attention_mask: Array
+    ) -> tuple[Array, Array, Array]:
+        inputs = response_inputs(tokens, attention_mask, num_tokens)
+        hidden, values = model.outputs(params, **inputs)
+        log_probs, entropies = token_log_probs_and_entropy(
+            model.policy.logits(params["policy"], hidden),
+            tokens[:, -num_tokens:],
+            temperature=hyper.temperature,
+        )
+        return values, log_probs, entropies
+
+    values, log_probs, entropies = in_micro_batches(outputs_of, num_micro_batches)(
+        params, samples.tokens, samples.attention_mask
     )
     policy_loss, of_policy = policy.ppo_clip(
         log_probs, samples.log_probs, batch.advantages, mask, clip_range=hyper.clip_range
@@ -296,28 +322,42 @@ def learn(
       config: epochs, minibatches, tokens.
 
     Returns:
-      the next state and the metrics of the iteration: means over its updates, and
-      `ppo/first_ratio_error`, the largest |ratio - 1| before the first of them.
+      the next state and the metrics of the iteration: means over its updates;
+      `ppo/first_ratio_error`, the largest |ratio - 1| before the first of them; and
+      `val/num_skipped`, how many were left out because a gradient was not finite. β stays where
+      no sample has a score, or the divergence is not a number.
 
     Raises:
-      ValueError: the minibatches do not divide the batch.
+      ValueError: the minibatches do not divide the batch, or the micro-batches a minibatch.
     """
+    samples, scores = sharding.split_rows((samples, scores))
+    num_parts = of_whole_batch(config.num_minibatches, config.num_micro_batches)
     data, metrics = experience(
-        state.params, samples, scores, ref_params, hyper, state.kl_coef, model=model
+        state.params,
+        samples,
+        scores,
+        ref_params,
+        hyper,
+        state.kl_coef,
+        model=model,
+        num_micro_batches=num_parts,
     )
     params, opt_state, measured = descend(
-        lambda params, minibatch: loss(params, minibatch, hyper, model=model),
+        lambda params, minibatch: loss(
+            params, minibatch, hyper, model=model, num_micro_batches=config.num_micro_batches
+        ),
         state.params,
         state.opt_state,
         data,
         iteration.keys(state)[1],
+        wanted=lambda minibatch: minibatch.rollout.response_mask.any(),
         optimizer=optimizer,
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
     )
-    ratio_error = measured.pop("ratio_error")
+    ratio_error, num_skipped = measured.pop("ratio_error"), measured.pop("val/num_skipped").sum()
     metrics |= {name: x.mean() for name, x in measured.items()}
-    metrics["ppo/first_ratio_error"] = ratio_error[0]
+    metrics |= {"ppo/first_ratio_error": ratio_error[0], "val/num_skipped": num_skipped}
     if config.end_token is not None:
         ended = (samples.responses == config.end_token) & data.rollout.response_mask
         metrics["val/num_eos_tokens"] = ended.sum()
@@ -326,9 +366,11 @@ def learn(
         metrics["objective/kl"],
         target=hyper.kl_target,
         horizon=hyper.kl_horizon,
-        num_samples=len(scores),
+        num_samples=metrics["val/num_scored"],
     )
-    return State(params, opt_state, state.key, state.step + 1, kl_coef), metrics
+    kl_coef = jnp.where(jnp.isnan(kl_coef), state.kl_coef, kl_coef)
+    num_skipped += state.num_skipped
+    return State(params, opt_state, state.key, state.step + 1, num_skipped, kl_coef), metrics
 
 
-make_step, make_halves = iteration.makers(sample, learn)
+make_step, make_halves = iteration.makers(sample, learn, policy_of=lambda model: model.policy)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhfjax import advantages, sampling
+from rlhfjax import advantages, sampling, sharding
 from rlhfjax.algorithms import critic_free, iteration, reinforce
 from rlhfjax.algorithms.critic_free import Experience
 from rlhfjax.types import LanguageModel, Rollout
@@ -60,7 +60,7 @@ def sample(
     """
 
     def either(logits: Array, uniform: Array) -> Array:
-        even = jnp.arange(len(logits)) % 2 == 0
+        even = sharding.row_numbers(len(logits)) % 2 == 0
         return jnp.where(even, config.sampler(logits, uniform), sampling.greedy(logits, uniform))
 
     return critic_free.sample(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import masked
+from rlhfjax import masked, sharding
+from rlhfjax.algorithms import checks
+from rlhfjax.algorithms.micro_batches import in_micro_batches
 from rlhfjax.algorithms.train_state import TrainState, apply_gradients, init
 from rlhfjax.losses import reward
 from rlhfjax.models.heads import last_value
@@ -34,18 +37,25 @@ def score(
 
     Returns:
       [B] float32.
+
+    Raises:
+      ValueError: the sequences are longer than the context.
     """
+    checks.context(tokens, model.context_length)
     values = model.values(params, tokens, attention_mask, first=first)
     return last_value(values, attention_mask[:, first:])
 
 
-def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Array, Metrics]:
+def loss(
+    params: Params, model: ScalarModel, batch: PreferenceBatch, *, num_micro_batches: int = 1
+) -> tuple[Array, Metrics]:
     """-mean over pairs of log σ(score(chosen) - score(rejected)); of both orders at soft labels.
 
     Args:
       params: the reward model's parameters.
       model: the reward model.
-      batch: pairs; rows of padding count nowhere.
+      batch: B pairs; rows of padding count nowhere.
+      num_micro_batches: parts of the 2·B responses that go through the model one after the other.
 
     Returns:
       loss, scalar float32, and TRL's metrics: `loss`, `accuracy`, `margin`, `min_reward`,
@@ -54,7 +64,9 @@ def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Ar
     References:
       Bradley and Terry 1952; Stiennon et al. 2020, Learning to Summarize from Human Feedback.
     """
-    scores = score(model, params, *batch.sequences, first=batch.prompts.shape[1])
+    sequences = sharding.split_rows(batch.sequences)
+    scores_of = partial(score, model, first=batch.prompts.shape[1])
+    scores = in_micro_batches(scores_of, num_micro_batches)(params, *sequences)
     chosen, rejected = jnp.split(scores, 2)
     certain = 1.0 if batch.chosen_probs is None else batch.chosen_probs
     value, metrics = reward.pairwise(chosen, rejected, batch.pairs, preference=certain)
@@ -69,20 +81,29 @@ def loss(params: Params, model: ScalarModel, batch: PreferenceBatch) -> tuple[Ar
 
 
 def make_step(
-    model: ScalarModel, optimizer: optax.GradientTransformation
+    model: ScalarModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_micro_batches: int = 1,
 ) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
     """One compiled update of a reward model.
 
     Args:
       model: the reward model.
       optimizer: any optax optimiser.
+      num_micro_batches: parts of a batch that go through the model one after the other, for less
+        memory and the same result; must divide the 2·B responses.
 
     Returns:
       `step(state, batch) -> (state, metrics)`, see `loss`. The state is donated.
     """
 
-    def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params, model, batch)
-        return apply_gradients(state, grads, optimizer), metrics
+    in_parts = partial(loss, num_micro_batches=num_micro_batches)
 
-    return jax.jit(step, donate_argnums=0)
+    def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        grads, metrics = jax.grad(in_parts, has_aux=True)(state.params, model, batch)
+        state, counted = apply_gradients(state, grads, optimizer)
+        return state, metrics | counted
+
+    compiled = sharding.Step(step)
+    return checks.Checked(compiled, "batch", vocab_size=model.vocab_size)

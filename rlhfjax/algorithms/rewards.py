@@ -1,19 +1,68 @@
-"""Rewards that are Python functions of text, in TRL's signature."""
+"""Rewards: Python functions of text in TRL's signature, and reward models.
+
+A Python function fails now and then. `call` raises and says at which prompt; `call_or_mask` leaves
+such samples out and goes on. Where it may hang or take the process with it, a `Worker` runs it in
+a process of its own:
+
+    with rewards.Worker(function, time_limit=30) as reward:
+        scores = rewards.call(reward, prompts, completions)
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax import Array
+
+from rlhfjax.algorithms import reward_model
+from rlhfjax.algorithms.iteration import Reward
+from rlhfjax.algorithms.reward_worker import Worker
+from rlhfjax.models import same_vocabulary
+from rlhfjax.types import LanguageModel, Params, Rollout, ScalarModel
+
+__all__ = ["Failure", "RewardError", "Worker", "call", "call_or_mask", "of_model"]
+
+Function = Callable[..., Sequence[float | None]]
+LARGEST = float(np.finfo(np.float32).max)
+MOST_SHOWN = 5
+MOST_SILENT = 3
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 100
+
+
+class Failure(NamedTuple):
+    """A sample that got no score.
+
+    Attributes:
+      sample: its number in the batch.
+      prompt: its prompt.
+      reason: what came back.
+    """
+
+    sample: int
+    prompt: Any
+    reason: str
+
+
+class RewardError(ValueError):
+    """A reward function that did not do what it should.
+
+    Attributes:
+      failures: the samples that are known to have failed; `call` looks for the first one only.
+    """
+
+    def __init__(self, message: str, failures: Sequence[Failure]) -> None:
+        super().__init__(message)
+        self.failures = list(failures)
 
 
 def call(
-    function: Callable[..., Sequence[float | None]],
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    **columns: Sequence[Any],
+    function: Function, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
 ) -> np.ndarray:
     """Scores of a batch by `function(prompts=…, completions=…, **columns)`.
 
@@ -24,31 +73,162 @@ def call(
       **columns: further columns of the data, B entries each.
 
     Returns:
-      [B] float32, with NaN where the function returned None: `learn` of
-      every algorithm leaves those samples out.
+      [B] float32, with NaN where the function returned None: `learn` of every algorithm leaves
+      those samples out.
 
     Raises:
-      ValueError: another number of scores than completions, or a score that is not finite; the
-        message names the sample.
+      RewardError: a `ValueError`: the function raised, did not answer in the time of its `Worker`,
+        returned another number of scores than completions, or one that is no finite number. Where
+        the batch failed as a whole the prompts are asked one by one until one fails, and the
+        message names it.
 
     References:
       TRL's `reward_funcs`.
     """
-    name = getattr(function, "__name__", type(function).__name__)
-    answers = list(function(prompts=prompts, completions=completions, **columns))
-    if len(answers) != len(completions):
-        raise ValueError(
-            f"reward function {name!r} returned {len(answers)} scores for {len(completions)} "
-            "completions: return one number, or None, for each"
-        )
-    scores = np.full(len(answers), np.nan, np.float32)
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        scores[index] = answer
-        if not math.isfinite(scores[index]):
-            raise ValueError(
-                f"reward function {name!r} returned {answer} for sample {index} "
-                f"(prompt {prompts[index]!r}): return a finite number, or None to leave it out"
-            )
+    given = {"prompts": prompts, "completions": completions, **columns}
+    scores, failures, problem = _ask(function, given, most_failures=1)
+    if failures or problem:
+        cause = problem and problem.__cause__
+        raise RewardError(_message(function, failures, problem), failures) from cause
     return scores
+
+
+def call_or_mask(
+    function: Function, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
+) -> np.ndarray:
+    """`call`, but samples that fail are left out like those without an opinion, with a warning.
+
+    Where the batch failed as a whole, the scores are those of the prompts asked one by one; a
+    function that compares the samples of a batch cannot be asked so. After three that do not
+    answer in time, one after the other, the rest is not asked.
+
+    Args:
+      function: as in `call`.
+      prompts: B texts.
+      completions: B texts.
+      **columns: further columns of the data, B entries each.
+
+    Returns:
+      [B] float32, with NaN where the function failed or returned None.
+    """
+    given = {"prompts": prompts, "completions": completions, **columns}
+    scores, failures, problem = _ask(function, given, most_failures=len(completions))
+    if failures or problem:
+        message = f"{_message(function, failures, problem)}; samples without a score are left out"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return scores
+
+
+def of_model(scorer: ScalarModel, policy: LanguageModel) -> Reward:
+    """`reward_model.score` of prompts with their responses, as the reward of an algorithm.
+
+    Args:
+      scorer: the reward model.
+      policy: whose responses it scores.
+
+    Returns:
+      `(reward_params, rollout) -> scores [B]`, which refuses sequences longer than the scorer's
+      context.
+
+    Raises:
+      ValueError: their vocabularies differ.
+    """
+    same_vocabulary(policy, scorer)
+
+    def reward(params: Params, samples: Rollout) -> Array:
+        first = samples.prompts.shape[1]
+        return reward_model.score(
+            scorer, params, samples.tokens, samples.attention_mask, first=first
+        )
+
+    return reward
+
+
+class _BatchError(Exception):
+    """A batch without answers; its cause is what the function raised, if it did."""
+
+
+def _ask(
+    function: Function, given: dict[str, Sequence[Any]], *, most_failures: int
+) -> tuple[np.ndarray, list[Failure], _BatchError | None]:
+    """Scores, samples that failed, and what was wrong with the batch as a whole, if anything was.
+
+    If so, samples are asked for one by one, until so many have failed.
+    """
+    prompts, number = given["prompts"], len(given["completions"])
+    scores = np.full(number, np.nan, np.float32)
+    failures: list[Failure] = []
+
+    def fail(index: int, reason: object) -> None:
+        failures.append(Failure(index, prompts[index], str(reason)))
+
+    def take(index: int, answer: Any) -> None:
+        if answer is None:
+            return
+        score = _number(answer)
+        if abs(score) <= LARGEST:
+            scores[index] = score
+        else:
+            fail(index, f"returned {SHORT.repr(answer)}")
+
+    try:
+        for index, answer in enumerate(_answers(function, given)):
+            take(index, answer)
+        return scores, failures, None
+    except _BatchError as error:
+        problem = error
+    silent = 0
+    for index in range(number):
+        if len(failures) == most_failures:
+            break
+        if silent == MOST_SILENT:
+            fail(index, f"was not asked after {silent} without an answer")
+            continue
+        alone = {name: column[index : index + 1] for name, column in given.items()}
+        try:
+            take(index, _answers(function, alone)[0])
+            silent = 0
+        except _BatchError as error:
+            fail(index, error)
+            silent = silent + 1 if isinstance(error.__cause__, TimeoutError) else 0
+    return scores, failures, problem
+
+
+def _answers(function: Function, given: dict[str, Sequence[Any]]) -> list[Any]:
+    try:
+        answers = function(**given)
+        listed = list(answers) if isinstance(answers, Iterable) else None
+    except Exception as error:
+        raise _BatchError(f"raised {error!r}") from error
+    if listed is None:
+        raise _BatchError(f"returned {SHORT.repr(answers)}, which is no list")
+    number = len(given["completions"])
+    if len(listed) != number:
+        raise _BatchError(f"returned {len(listed)} scores for {number} completions")
+    return listed
+
+
+def _number(answer: Any) -> float:
+    """NaN where it is none; a text is none even if it looks like one."""
+    try:
+        return math.nan if isinstance(answer, str | bytes) else float(answer)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _message(function: Function, failures: list[Failure], problem: _BatchError | None) -> str:
+    """What went wrong, in the order in which it was found out."""
+    name = getattr(function, "__name__", type(function).__name__)
+    found = [
+        f"{failure.reason} for sample {failure.sample} (prompt {SHORT.repr(failure.prompt)})"
+        for failure in failures[:MOST_SHOWN]
+    ]
+    if len(failures) > MOST_SHOWN:
+        found.append(f"so for {len(failures)} samples in all")
+    if problem is not None:
+        alone = ", ".join(found) or "gave every sample a score"
+        found = [f"{problem}; asked for one sample at a time it {alone}"]
+    return (
+        f"reward function {name!r} {', '.join(found)}: return one finite number for each "
+        "completion, or None to leave it out"
+    )

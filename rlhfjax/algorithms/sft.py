@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import chex
 import jax
 import optax
 from jax import Array
 
-from rlhfjax import masked
+from rlhfjax import masked, sharding
+from rlhfjax.algorithms import checks
+from rlhfjax.algorithms.micro_batches import in_micro_batches
 from rlhfjax.algorithms.train_state import TrainState, apply_gradients, init
 from rlhfjax.log_probs import token_log_probs_and_entropy
 from rlhfjax.losses import supervised
@@ -21,7 +24,13 @@ Metrics = dict[str, Array]
 
 
 def loss(
-    params: Params, model: LanguageModel, tokens: Array, loss_mask: Array, attention_mask: Array
+    params: Params,
+    model: LanguageModel,
+    tokens: Array,
+    loss_mask: Array,
+    attention_mask: Array,
+    *,
+    num_micro_batches: int = 1,
 ) -> tuple[Array, Metrics]:
     """-mean over the tokens of `loss_mask` of log p(token | tokens before it).
 
@@ -31,13 +40,22 @@ def loss(
       tokens: [B, S] int32.
       loss_mask: [B, S] bool, the tokens to be learned; the first column is never predicted.
       attention_mask: [B, S] bool, True at real tokens.
+      num_micro_batches: parts of the batch that go through the model one after the other.
 
     Returns:
       loss, scalar float32, and TRL's metrics: `loss`, `entropy`, `num_tokens`.
     """
     chex.assert_equal_shape([tokens, loss_mask, attention_mask])
-    hidden = model.hidden(params, tokens[:, :-1], attention_mask[:, :-1])
-    log_probs, entropies = token_log_probs_and_entropy(model.logits(params, hidden), tokens[:, 1:])
+    checks.context(tokens, model.context_length)
+    tokens, loss_mask, attention_mask = sharding.split_rows((tokens, loss_mask, attention_mask))
+
+    def log_probs_of(params: Params, tokens: Array, attention_mask: Array) -> tuple[Array, Array]:
+        hidden = model.hidden(params, tokens[:, :-1], attention_mask[:, :-1])
+        return token_log_probs_and_entropy(model.logits(params, hidden), tokens[:, 1:])
+
+    log_probs, entropies = in_micro_batches(log_probs_of, num_micro_batches)(
+        params, tokens, attention_mask
+    )
     mask = loss_mask[:, 1:] & attention_mask[:, 1:]
     value = supervised.language_model(log_probs, mask)
     metrics = {"loss": value, "entropy": masked.mean(entropies, mask), "num_tokens": mask.sum()}
@@ -45,25 +63,34 @@ def loss(
 
 
 def make_step(
-    model: LanguageModel, optimizer: optax.GradientTransformation
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, Metrics]]:
     """One compiled update of a language model.
 
     Args:
       model: the language model.
       optimizer: any optax optimiser.
+      num_micro_batches: parts of a batch that go through the model one after the other, for less
+        memory and the same result; must divide B.
 
     Returns:
       `step(state, tokens, loss_mask, attention_mask) -> (state, metrics)`, see `loss`. The state
       is donated.
     """
 
+    in_parts = partial(loss, num_micro_batches=num_micro_batches)
+
     def step(
         state: TrainState, tokens: Array, loss_mask: Array, attention_mask: Array
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics = jax.grad(loss, has_aux=True)(
+        grads, metrics = jax.grad(in_parts, has_aux=True)(
             state.params, model, tokens, loss_mask, attention_mask
         )
-        return apply_gradients(state, grads, optimizer), metrics
+        state, counted = apply_gradients(state, grads, optimizer)
+        return state, metrics | counted
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = sharding.Step(step)
+    return checks.Checked(compiled, "tokens", vocab_size=model.vocab_size)

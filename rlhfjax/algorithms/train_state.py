@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rlhfjax import sharding
 from rlhfjax.types import Params
 
 
@@ -22,12 +23,14 @@ class TrainState:
     Attributes:
       params: the parameters.
       opt_state: the optimiser's state.
-      step: [] int32, updates made.
+      step: [] int32, batches seen: an update that was left out is a step all the same.
+      num_skipped: [] int32, updates left out because a gradient was not finite.
     """
 
     params: Params
     opt_state: optax.OptState
     step: Array
+    num_skipped: Array
 
 
 def init(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -41,13 +44,44 @@ def init(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
       a `TrainState`.
     """
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def update(
+    params: Params,
+    opt_state: optax.OptState,
+    grads: Params,
+    wanted: bool | Array = True,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> tuple[Params, optax.OptState, Array]:
+    """One update, or none: where a gradient is not finite, nothing changes, to the last bit.
+
+    Args:
+      params: before.
+      opt_state: the optimiser's state before.
+      grads: gradients, the structure of the parameters.
+      wanted: [] bool; False leaves the update out whatever the gradients are.
+      optimizer: the optimiser that made the state.
+
+    Returns:
+      parameters and optimiser's state after, and [] bool, whether all gradients were finite.
+    """
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
+    updates, new_state = optimizer.update(grads, opt_state, params)
+    new = optax.apply_updates(params, updates), new_state
+    # Selected and not branched on: a select is part of the loop that computes the new values, a
+    # branch would copy the old ones.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite & wanted, new, old), new, (params, opt_state)
+    )
+    return params, opt_state, finite
 
 
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """One update of the parameters.
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step: `update`, counted.
 
     Args:
       state: before.
@@ -55,10 +89,12 @@ def apply_gradients(
       optimizer: the optimiser that made the state.
 
     Returns:
-      the state after.
+      the state after, and the metric `val/num_skipped`, 1 where the update was left out.
     """
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+    params, opt_state, finite = update(state.params, state.opt_state, grads, optimizer=optimizer)
+    skipped = (~finite).astype(jnp.int32)
+    state = TrainState(params, opt_state, state.step + 1, state.num_skipped + skipped)
+    return state, {"val/num_skipped": skipped}
 
 
 def descend(
@@ -68,11 +104,15 @@ def descend(
     data: Any,
     key: Array,
     *,
+    wanted: Callable[[Any], Array],
     optimizer: optax.GradientTransformation,
     num_epochs: int,
     num_minibatches: int,
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
     """Epochs × minibatches of updates; every epoch sees all rows once, in a new order.
+
+    An update is left out, see `update`, where a gradient is not finite and where its minibatch
+    teaches nothing: moments and weight decay would move the parameters without a reason.
 
     Args:
       loss: `(params, minibatch) -> (loss, metrics)`.
@@ -80,12 +120,14 @@ def descend(
       opt_state: the optimiser's state.
       data: a tree of arrays with B rows each.
       key: a typed key; consumed.
+      wanted: `(minibatch) -> [] bool`, whether there is anything in it to learn from.
       optimizer: the optimiser that made the state.
       num_epochs: passes over the data.
       num_minibatches: updates in each pass; must divide B.
 
     Returns:
-      parameters, optimiser's state, and the metrics of every update, [updates] each.
+      parameters, optimiser's state, and the metrics of every update, [updates] each; with
+      `val/num_skipped`, 1 where a gradient was not finite.
 
     Raises:
       ValueError: the minibatches do not divide the rows.
@@ -97,17 +139,19 @@ def descend(
             "choose a divisor, or another number of prompts"
         )
 
-    def update(
+    def advance(
         carry: tuple[Params, optax.OptState], rows: Array
     ) -> tuple[tuple[Params, optax.OptState], dict[str, Array]]:
         params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[rows], data)
+        minibatch = sharding.split_rows(jax.tree.map(lambda x: x[rows], data))
         grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        params, opt_state, finite = update(
+            params, opt_state, grads, wanted(minibatch), optimizer=optimizer
+        )
+        return (params, opt_state), metrics | {"val/num_skipped": (~finite).astype(jnp.int32)}
 
     epoch_keys = jax.random.split(key, num_epochs)
     rows = jax.vmap(lambda key: jax.random.permutation(key, num_rows))(epoch_keys)
     rows = rows.reshape(-1, num_rows // num_minibatches)
-    (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), rows)
+    (params, opt_state), metrics = jax.lax.scan(advance, (params, opt_state), rows)
     return params, opt_state, metrics

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
@@ -41,6 +42,33 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+    def rewind(self, stage: str, count: int) -> list[dict[str, Any]]:
+        """Takes back what a run wrote after it was last saved, so that it can be written again.
+
+        Args:
+          stage: the stage that goes on.
+          count: how many of its lines stay. The file ends before the next one, or before a line
+            that was broken off.
+
+        Returns:
+          the lines that stay, of this stage.
+        """
+        rows: list[dict[str, Any]] = []
+        if not self.path.is_file():  # such as /dev/null
+            return rows
+        end = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or (row["stage"] == stage and len(rows) == count):
+                break
+            rows += [row] * (row["stage"] == stage)
+            end += len(line)
+        os.truncate(self.path, end)
+        return rows
 
     def write(
         self, stage: str, step: int, metrics: Mapping[str, ArrayLike]

@@ -17,7 +17,11 @@ FORMAT_WITH_BAR = "{desc}: {percentage:3.0f}%|{bar}| " + FORMAT.removeprefix("{d
 
 @contextmanager
 def progress(
-    total: int, description: str, *, stream: TextIO | None = None
+    total: int,
+    description: str,
+    *,
+    done: int = 0,
+    stream: TextIO | None = None,
 ) -> Iterator[Callable[..., None]]:
     """Shows how far a stage is, the time left, and the few numbers that matter.
 
@@ -30,6 +34,7 @@ def progress(
     Args:
       total: the number of steps.
       description: the name of the stage.
+      done: steps that an earlier run has done.
       stream: where to write; standard error if None.
 
     Yields:
@@ -39,6 +44,7 @@ def progress(
     terminal = out.isatty()
     bar = tqdm(
         total=total,
+        initial=done,
         desc=description,
         file=out if terminal else io.StringIO(),
         mininterval=0.1 if terminal else math.inf,

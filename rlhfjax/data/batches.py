@@ -6,6 +6,7 @@ lengths. `right_pad` and `left_pad` lay sequences into arrays. `bucket_batches` 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -196,6 +197,8 @@ def bucket_batches(
     pad_token: int,
     seed: int,
     epoch: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Padded]:
     """One epoch of right-padded batches; see `plan` for their order.
 
@@ -206,17 +209,22 @@ def bucket_batches(
       pad_token: the id at padded positions.
       seed: with `epoch`, decides the order.
       epoch: counts the passes over the records.
+      start: the batch to begin with, to go on with an epoch that was broken off.
+      part: `(index, count)`: of every batch only this one of so many equal parts of its rows, as
+        each of several processes reads it.
 
     Returns:
-      An iterator over tokens [B, L] int32 and mask [B, L] bool.
+      An iterator over tokens [B / count, L] int32 and mask [B / count, L] bool.
 
     Raises:
       DataError: a sequence that is empty or longer than every length.
+      ValueError: the parts do not divide the batch.
     """
     slots = plan(
         [len(s) for s in sequences], batch_size=batch_size, lengths=lengths, seed=seed, epoch=epoch
     )
-    return (_fill(sequences, slot, batch_size, pad_token) for slot in slots)
+    fill = partial(_fill, rows=_rows_of_part(batch_size, part), pad_token=pad_token)
+    return (fill(sequences, slot) for slot in slots[start:])
 
 
 def bucket_pair_batches(
@@ -227,6 +235,8 @@ def bucket_pair_batches(
     pad_token: int,
     seed: int,
     epoch: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PaddedPair]:
     """One epoch of right-padded preference pairs; the two of a pair share a batch's length.
 
@@ -237,12 +247,15 @@ def bucket_pair_batches(
       pad_token: the id at padded positions.
       seed: with `epoch`, decides the order.
       epoch: counts the passes over the records.
+      start: the batch to begin with, as in `bucket_batches`.
+      part: of every batch, likewise.
 
     Returns:
-      An iterator over two of tokens [B, L] int32 and mask [B, L] bool.
+      An iterator over two of tokens [B / count, L] int32 and mask [B / count, L] bool.
 
     Raises:
       DataError: a sequence that is empty or longer than every length.
+      ValueError: the parts do not divide the batch.
     """
     for index, pair in enumerate(pairs):
         if min(map(len, pair)) == 0:
@@ -255,19 +268,24 @@ def bucket_pair_batches(
         epoch=epoch,
     )
     chosen, rejected = [c for c, _ in pairs], [r for _, r in pairs]
-    return (
-        PaddedPair(
-            _fill(chosen, slot, batch_size, pad_token),
-            _fill(rejected, slot, batch_size, pad_token),
+    fill = partial(_fill, rows=_rows_of_part(batch_size, part), pad_token=pad_token)
+    return (PaddedPair(fill(chosen, slot), fill(rejected, slot)) for slot in slots[start:])
+
+
+def _rows_of_part(batch_size: int, part: tuple[int, int]) -> slice:
+    index, count = part
+    if batch_size % count:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide into {count} parts: choose a multiple"
         )
-        for slot in slots
-    )
+    size = batch_size // count
+    return slice(index * size, (index + 1) * size)
 
 
-def _fill(sequences: Sequence[Tokens], slot: Slot, batch_size: int, pad_token: int) -> Padded:
+def _fill(sequences: Sequence[Tokens], slot: Slot, *, rows: slice, pad_token: int) -> Padded:
     return right_pad(
-        [sequences[i] for i in slot.indices],
-        num_rows=batch_size,
+        [sequences[i] for i in slot.indices[rows]],
+        num_rows=rows.stop - rows.start,
         length=slot.length,
         pad_token=pad_token,
     )

@@ -2,7 +2,14 @@
 
 from rlhfjax.models.actor_critic import ActorCritic, separate_trunks, shared_trunk
 from rlhfjax.models.decoder import DecoderConfig, decoder
-from rlhfjax.models.heads import ScalarHead, last_value, linear_head, rescale, scalar_model
+from rlhfjax.models.heads import (
+    ScalarHead,
+    last_value,
+    linear_head,
+    rescale,
+    same_vocabulary,
+    scalar_model,
+)
 
 __all__ = [
     "ActorCritic",
@@ -12,6 +19,7 @@ __all__ = [
     "last_value",
     "linear_head",
     "rescale",
+    "same_vocabulary",
     "scalar_model",
     "separate_trunks",
     "shared_trunk",

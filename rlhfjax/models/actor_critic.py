@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
-from rlhfjax.models.heads import ScalarHead
+from rlhfjax.models.heads import ScalarHead, same_vocabulary
 from rlhfjax.types import LanguageModel, Params, ScalarModel
 
 
@@ -38,8 +38,15 @@ def separate_trunks(policy: LanguageModel, value: ScalarModel) -> ActorCritic:
       value: any scalar model over the same tokens.
 
     Returns:
-      an `ActorCritic` with parameters `{"policy", "value"}`.
+      an `ActorCritic` with parameters `{"policy", "value"}`; its context is the shorter one.
+
+    Raises:
+      ValueError: their vocabularies differ.
     """
+    same_vocabulary(policy, value)
+    if value.context_length is not None:
+        shorter = min(policy.context_length, value.context_length)
+        policy = policy._replace(context_length=shorter)
 
     def init(key: Array) -> Params:
         policy_key, value_key = jax.random.split(key)

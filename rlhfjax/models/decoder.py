@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from rlhfjax import masked
+from rlhfjax import masked, sharding
 from rlhfjax.models.attention import attend, rotate
 from rlhfjax.types import LanguageModel, Params
 
@@ -46,6 +46,8 @@ class DecoderConfig:
       bias: biases in projections (and in LayerNorm).
       tied_head: the LM head is the transposed embedding.
       dtype: compute dtype; parameters are float32.
+      remat: the backward pass keeps each block's input only and computes the rest of the block
+        again: less memory for one more forward pass. Decoding is the same.
     """
 
     vocab_size: int
@@ -61,6 +63,7 @@ class DecoderConfig:
     bias: bool = True
     tied_head: bool = True
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self) -> None:
         kv_heads = self.num_kv_heads or self.num_heads
@@ -183,6 +186,47 @@ class _Block(nn.Module):
         return x.reshape(batch, -1, width), (k, v)
 
 
+def _apply_block(
+    config: DecoderConfig, first: int, params: Params, x: Array, mask: Array, positions: Array
+) -> tuple[Array, KeyValue]:
+    apply: Callable[..., Any] = _Block(config, parent=None).apply
+    return apply({"params": params}, x, mask, positions, first=first)
+
+
+# A block that keeps no more than its arguments for the backward pass.
+_rematerialised = jax.custom_vjp(_apply_block, nondiff_argnums=(0, 1))
+
+
+def _rematerialised_forward(
+    config: DecoderConfig, first: int, *args: Any
+) -> tuple[tuple[Array, KeyValue], tuple[Any, ...]]:
+    return _apply_block(config, first, *args), args
+
+
+def _rematerialised_backward(
+    config: DecoderConfig, first: int, saved: tuple[Any, ...], d_out: tuple[Array, KeyValue]
+) -> tuple[Params, Array, None, None]:
+    params, x, mask, positions = saved
+
+    def wait_on_cpu(x: Array, d_x: Array) -> Array:
+        # XLA's CPU compiler drops barriers before it orders operations, but it cannot know that a
+        # number either equals itself or does not.
+        d_x = jnp.pad(d_x, ((0, 0), (first, 0), (0, 0)))
+        return jnp.where((d_x == d_x) | (d_x != d_x), x, 0)
+
+    # Nothing of the block is computed again before the gradient of its output is there.
+    x = jax.lax.platform_dependent(
+        x, d_out[0], cpu=wait_on_cpu, default=lambda *both: jax.lax.optimization_barrier(both)[0]
+    )
+    _, pull_back = jax.vjp(
+        lambda params, x: _apply_block(config, first, params, x, mask, positions), params, x
+    )
+    return *pull_back(d_out), None, None
+
+
+_rematerialised.defvjp(_rematerialised_forward, _rematerialised_backward)
+
+
 class _Decoder(nn.Module):
     config: DecoderConfig
 
@@ -200,25 +244,36 @@ class _Decoder(nn.Module):
             self.head = self.param("head", init, (c.width, c.vocab_size))
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
-        x = self.embedding(tokens)
-        return x if self.config.rotary_base is not None else x + self.position_embedding(positions)
+        def look_up(embed: nn.Embed, ids: Array) -> Array:
+            return jnp.take(sharding.table(embed.embedding).astype(self.config.dtype), ids, axis=0)
+
+        x = look_up(self.embedding, tokens)
+        if self.config.rotary_base is not None:
+            return x
+        return x + look_up(self.position_embedding, positions)
 
     def _stack(
         self, tokens: Array, attention_mask: Array, *, first: int = 0
     ) -> tuple[Array, list[KeyValue]]:
-        if tokens.shape[1] > self.config.context_length:
+        c = self.config
+        if tokens.shape[1] > c.context_length:
             raise ValueError(
                 f"sequences of {tokens.shape[1]} tokens are longer than the context of "
-                f"{self.config.context_length}: shorten them or raise context_length"
+                f"{c.context_length}: shorten them or raise context_length"
             )
         positions = masked.positions(attention_mask)
-        x = self._embed(tokens, positions)
+        x = sharding.split_rows(self._embed(tokens, positions))
         causal = jnp.tri(tokens.shape[1], dtype=bool)
         mask = causal & attention_mask[:, None, :]
         cache = []
         for number, layer in enumerate(self.layers):
-            last = number == len(self.layers) - 1
-            x, key_value = layer(x, mask, positions, first=first if last else 0)
+            start = first if number == len(self.layers) - 1 else 0
+            if c.remat and not self.is_initializing():
+                params = layer.variables["params"]
+                x, key_value = _rematerialised(c, start, params, x, mask, positions)
+            else:
+                x, key_value = layer(x, mask, positions, first=start)
+            x = sharding.split_rows(x)
             cache.append(key_value)
         return self.norm(x), cache
 

@@ -80,7 +80,25 @@ def scalar_model(model: LanguageModel, head: ScalarHead) -> ScalarModel:
         hidden = model.hidden(params["backbone"], tokens, attention_mask, first=first)
         return head.apply(params["head"], hidden)
 
-    return ScalarModel(init, values)
+    return ScalarModel(init, values, model.vocab_size, model.context_length)
+
+
+def same_vocabulary(policy: LanguageModel, scalar: ScalarModel) -> None:
+    """Refuses a scalar model that reads the policy's tokens as other ones.
+
+    Args:
+      policy: what writes the tokens.
+      scalar: what reads them.
+
+    Raises:
+      ValueError: with the size of both vocabularies.
+    """
+    if scalar.vocab_size not in (None, policy.vocab_size):
+        raise ValueError(
+            f"the policy has a vocabulary of {policy.vocab_size} tokens and the reward or value "
+            f"model one of {scalar.vocab_size}: the same number would mean another token to it; "
+            "use models with the same tokenizer, or score texts (`rewards.call`)"
+        )
 
 
 def last_value(values: Array, attention_mask: Array) -> Array:

@@ -89,7 +89,8 @@ def policy(network: Network, *, length: int = 3) -> LanguageModel:
       length: T.
 
     Returns:
-      a `LanguageModel` for prompts of one token, the target; its hidden states are logits.
+      a `LanguageModel` for prompts of one token, the target; its hidden states are logits. Of its
+      vocabulary, all sums up to the largest, it has logits for the digits only.
     """
 
     def init(key: Array) -> Params:
@@ -119,7 +120,7 @@ def policy(network: Network, *, length: int = 3) -> LanguageModel:
         return hidden
 
     return LanguageModel(
-        init, hidden, prefill, decode, logits, NUM_DIGITS, context_length=length + 1
+        init, hidden, prefill, decode, logits, _vocab_size(length), context_length=length + 1
     )
 
 
@@ -140,7 +141,12 @@ def value(network: Network, *, length: int = 3) -> ScalarModel:
     def values(params: Params, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
         return network.apply(params, _observations(tokens, length)[:, first:])[..., 0]
 
-    return ScalarModel(init, values)
+    return ScalarModel(init, values, _vocab_size(length), context_length=length + 1)
+
+
+def _vocab_size(length: int) -> int:
+    """Of all that may be a token: a prompt is a target, and that goes up to the largest sum."""
+    return max(NUM_DIGITS, length * (NUM_DIGITS - 1) + 1)
 
 
 def _observations(tokens: Array, length: int) -> Array:

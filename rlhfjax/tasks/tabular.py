@@ -146,7 +146,7 @@ def value_table(*, num_prompts: int, vocab_size: int, length: int) -> ScalarMode
         found = params["values"].at[prompt[:, None], prefixes].get(mode="fill", fill_value=0.0)
         return jnp.pad(found, ((0, 0), (num_digits - 1, 0)))[:, first:]
 
-    return ScalarModel(init, values)
+    return ScalarModel(init, values, vocab_size, context_length=num_digits + length)
 
 
 def log_probs(model: LanguageModel, params: Params, task: Task) -> Array:

@@ -71,7 +71,9 @@ def test_a_step_gives_the_best_response_to_each_prompt() -> None:
         rows.append(max(scored, key=lambda row: scores[row]) if scored else first)
     assert_same(best, jax.tree.map(lambda x: x[np.array(rows)], samples))
     assert_same(best.prompts, PROMPTS)
-    assert set(metrics) == {"objective/scores", "objective/best_scores"}
+    assert set(metrics) == {
+        *("objective/scores", "objective/best_scores", "val/num_scored", "val/num_unscored")
+    }
     assert metrics["objective/scores"] == pytest.approx(np.nanmean(scores), rel=1e-6)
     assert metrics["objective/best_scores"] == pytest.approx(np.nanmean(scores[rows]), rel=1e-6)
     assert metrics["objective/best_scores"] > metrics["objective/scores"]

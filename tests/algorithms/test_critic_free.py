@@ -49,7 +49,7 @@ TOKEN_RATIOS = RATIOS | {"dual_clip_fraction"}
 SHARED = {
     *("objective/" + name for name in ("kl", "entropy", "scores", "non_score_reward")),
     *("objective/rlhf_reward", "objective/kl_coef", "loss/policy_avg", "policy/entropy_avg"),
-    *("val/num_unscored", "val/first_ratio_error"),
+    *("val/num_scored", "val/num_unscored", "val/num_skipped", "val/first_ratio_error"),
 }
 OF_PAIRS = {
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
@@ -170,6 +170,7 @@ class TestProgram:
             metrics = {
                 x: metrics[x] for x in metrics if x not in {"val/num_groups", "val/num_rounds"}
             }
+            metrics["val/num_scored"] = jnp.isfinite(scores).sum()
         assert_close((state, metrics), learn(name, samples, scores), atol=1e-6)
 
         assert set(metrics) == SHARED | own.names

@@ -122,6 +122,8 @@ def test_a_step_is_rounds_of_samples_until_there_are_enough_groups(name: str) ->
     state, metrics = by_step(name)
     assert_close(state, expected, atol=1e-6)
     counts = {"val/num_groups": num_groups, "val/num_rounds": num_rounds}
+    # What has a score, in this task, is all of every round.
+    counts["val/num_scored"] = num_rounds * NUM_PLACES * G
     assert_close(metrics, measured | counts, atol=1e-6)
     assert all(np.isfinite(x) for x in metrics.values())
     moved = jnp.abs(state.params["table"] - PARAMS["table"]).max()

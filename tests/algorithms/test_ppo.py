@@ -249,7 +249,9 @@ def test_what_is_measured_is_what_numpy_says_of_the_rollout() -> None:
         "val/ratio": 1.0,
         "val/ratio_var": 0.0,
         "val/num_eos_tokens": (after_it == END)[mask].sum(),
+        "val/num_scored": B,
         "val/num_unscored": 0,
+        "val/num_skipped": 0,
         "ppo/first_ratio_error": 0.0,
     }
     assert set(metrics) == set(expected)
@@ -386,6 +388,9 @@ class TestSamplesWithoutAScore:
             separate.start(), jax.tree.map(lambda x: x[kept], samples), scores[kept], ONE_UPDATE
         )
         assert_close(with_gaps.params, without[0].params, atol=1e-5)
+        assert_close(with_gaps.kl_coef, without[0].kl_coef, atol=1e-7)
+        assert with_gaps.kl_coef != separate.start().kl_coef
+        assert_close(with_gaps.kl_coef, without[0].kl_coef, atol=1e-7)
 
     def test_may_be_all_of_them(self, separate: World) -> None:
         samples = separate.sample(separate.start())

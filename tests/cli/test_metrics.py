@@ -99,3 +99,42 @@ def test_a_bad_metric_is_named_and_writes_no_line(
     with MetricsLog(tmp_path / "m") as log, pytest.raises(ValueError, match=message):
         log.write("a", 0, {"good": 1.0, **metrics})
     assert (tmp_path / "m").read_text() == ""
+
+
+class TestRewind:
+    ROWS = (("sft", 1), ("sft", 2), ("ppo", 0), ("ppo", 1), ("ppo", 2))
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        with MetricsLog(tmp_path / "metrics.jsonl") as log:
+            for stage, step in self.ROWS:
+                log.write(stage, step, {"loss": step / 3})
+        return tmp_path / "metrics.jsonl"
+
+    @pytest.mark.parametrize(
+        ("stage", "count", "left"),
+        [("sft", 2, 5), ("ppo", 3, 5), ("ppo", 1, 3), ("ppo", 0, 2), ("sft", 1, 1), ("dpo", 0, 5)],
+    )
+    def test_what_came_later_is_taken_back(
+        self, path: Path, stage: str, count: int, left: int
+    ) -> None:
+        before = path.read_bytes().splitlines(keepends=True)
+        with MetricsLog(path) as log:
+            rows = log.rewind(stage, count)
+            assert path.read_bytes() == b"".join(before[:left])
+            log.write(stage, 9, {"loss": 1})
+        assert rows == [row for row in map(json.loads, before[:left]) if row["stage"] == stage]
+        assert lines(path)[left:] == [{"stage": stage, "step": 9, "loss": 1.0}]
+
+    @pytest.mark.parametrize("torn", ['{"stage": "ppo", "st', '{"stage": "ppo", "step": 3}'])
+    def test_so_is_a_line_that_was_broken_off(self, path: Path, torn: str) -> None:
+        before = path.read_bytes()
+        with path.open("a") as file:
+            file.write(torn)
+        with MetricsLog(path) as log:
+            assert len(log.rewind("ppo", 3)) == 3
+        assert path.read_bytes() == before
+
+    def test_what_is_no_file_has_no_lines(self) -> None:
+        with MetricsLog(Path("/dev/null")) as log:
+            assert log.rewind("ppo", 3) == []

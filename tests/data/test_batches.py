@@ -1,10 +1,12 @@
 from collections import Counter
 from itertools import combinations
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from rlhfjax.data import batches
+from rlhfjax.data.batches import bucket_batches, bucket_pair_batches
 from rlhfjax.data.text import DataError
 
 RNG = np.random.default_rng(0)
@@ -185,3 +187,41 @@ def test_bucket_lengths_by_hand() -> None:
 def test_bucket_lengths_needs_something_to_choose(lengths: list[int], num_buckets: int) -> None:
     with pytest.raises(ValueError, match="need lengths and a bucket"):
         batches.bucket_lengths(lengths, num_buckets=num_buckets)
+
+
+class TestGoingOn:
+    SEQUENCES: ClassVar = [list(range(1, 2 + i % 7)) for i in range(23)]
+    SIZES: ClassVar = {"batch_size": 4, "lengths": [4, 8], "pad_token": 0, "seed": 5, "epoch": 2}
+
+    def test_an_epoch_goes_on_at_any_batch(self) -> None:
+        every = list(bucket_batches(self.SEQUENCES, **self.SIZES))
+        for start in range(len(every) + 1):
+            rest = list(bucket_batches(self.SEQUENCES, **self.SIZES, start=start))
+            assert len(rest) == len(every) - start
+            for batch, wanted in zip(rest, every[start:], strict=True):
+                np.testing.assert_array_equal(batch.tokens, wanted.tokens)
+
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    def test_parts_put_together_are_the_batch(self, count: int) -> None:
+        every = bucket_batches(self.SEQUENCES, **self.SIZES)
+        parts = [
+            bucket_batches(self.SEQUENCES, **self.SIZES, part=(i, count)) for i in range(count)
+        ]
+        for batch, *of_batch in zip(every, *parts, strict=True):
+            np.testing.assert_array_equal(
+                batch.tokens, np.concatenate([p.tokens for p in of_batch])
+            )
+            np.testing.assert_array_equal(batch.mask, np.concatenate([p.mask for p in of_batch]))
+
+    def test_pairs_go_on_and_part_likewise(self) -> None:
+        pairs = [(s, [*s[::-1], 9]) for s in self.SEQUENCES]
+        every = list(bucket_pair_batches(pairs, **self.SIZES))[2:]
+        parts = [bucket_pair_batches(pairs, **self.SIZES, start=2, part=(i, 2)) for i in (0, 1)]
+        for batch, *of_batch in zip(every, *parts, strict=True):
+            for side in ("chosen", "rejected"):
+                whole = np.concatenate([getattr(part, side).tokens for part in of_batch])
+                np.testing.assert_array_equal(getattr(batch, side).tokens, whole)
+
+    def test_parts_that_do_not_divide_a_batch_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="4 rows does not divide into 3 parts"):
+            bucket_batches(self.SEQUENCES, **self.SIZES, part=(0, 3))

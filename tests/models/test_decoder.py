@@ -1,7 +1,9 @@
 """The decoder against a float64 NumPy pass, and decoding with a cache against the whole pass."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +261,49 @@ class TestCache:
 
         for clean, given in zip(two_steps(self.PROMPTS), two_steps(polluted), strict=True):
             np.testing.assert_array_equal(clean, given)
+
+
+class TestRemat:
+    @pytest.mark.parametrize(
+        "tiny", [CONFIGS["GPT-2"], CONFIGS["Llama"]], ids=["GPT-2", "Llama"], indirect=True
+    )
+    def test_values_and_gradients_are_the_same(self, tiny: Tiny) -> None:
+        weights = RNG.normal(size=(3, S - P, V)).astype(np.float32)
+
+        def value_and_grad(config: DecoderConfig) -> Any:
+            model = decoder(config)
+
+            def total(params: Params) -> jax.Array:
+                return (
+                    weights * model.logits(params, model.hidden(params, TOKENS, MASK, first=P))
+                ).sum()
+
+            return jax.jit(jax.value_and_grad(total))(tiny.params)
+
+        plain, again = (value_and_grad(replace(tiny.config, remat=r)) for r in (False, True))
+        assert_close(again, plain, atol=1e-4)
+
+    def test_it_keeps_one_state_a_block(self) -> None:
+        tokens, mask = np.zeros((8, 32), np.int32), np.ones((8, 32), bool)
+        memory = {}
+        for remat in (False, True):
+            model = decoder(DecoderConfig(V, 32, width=16, num_layers=4, num_heads=2, remat=remat))
+            gradient = jax.jit(jax.grad(lambda p, m=model: m.hidden(p, tokens, mask).sum()))
+            program = gradient.lower(jax.eval_shape(model.init, jax.random.key(0))).compile()
+            memory[remat] = program.memory_analysis().temp_size_in_bytes
+        assert memory[True] < 0.6 * memory[False]
+
+    def test_parameters_and_decoding_are_the_same_program(self, tiny: Tiny) -> None:
+        def programs(model: LanguageModel) -> tuple[str, ...]:
+            prefill = partial(model.prefill, length=S)
+            _, cache = jax.eval_shape(prefill, tiny.params, TOKENS[:, :P], MASK[:, :P])
+            return (
+                jax.jit(model.init).lower(jax.random.key(0)).as_text(),
+                jax.jit(prefill).lower(tiny.params, TOKENS[:, :P], MASK[:, :P]).as_text(),
+                jax.jit(model.decode).lower(tiny.params, cache, TOKENS[:, P]).as_text(),
+            )
+
+        assert programs(decoder(replace(tiny.config, remat=True))) == programs(tiny.model)
 
 
 class TestAttend:

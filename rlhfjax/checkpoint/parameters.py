@@ -1,4 +1,4 @@
-"""Parameters on disk, in Orbax's format."""
+"""Parameters as a checkpoint of their own."""
 
 from __future__ import annotations
 

@@ -1,0 +1,250 @@
+"""A run in a directory: it can be broken off at any moment, and goes on to the same end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from rlhfjax import checkpoint, sharding
+from rlhfjax.checkpoint import CheckpointError, Checkpoints
+from rlhfjax.cli.interruption import INTERRUPTED, interruption
+from rlhfjax.cli.metrics import MetricsLog
+from rlhfjax.cli.progress import progress
+from rlhfjax.cli.timing import Compilations
+from rlhfjax.data.cursor import Cursor
+
+Row = dict[str, Any]
+Batches = Callable[[Cursor], Iterator[tuple[Any, Cursor]]]
+Step = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
+MOST_SKIPPED = 5
+PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax")
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; says why, and where its last state and batch lie."""
+
+
+class Trained(NamedTuple):
+    """What a stage leaves behind.
+
+    Attributes:
+      state: after its last step.
+      rows: its lines of the log.
+      recompilations: programs that were compiled after the first step.
+    """
+
+    state: Any
+    rows: list[Row]
+    recompilations: int
+
+
+class Run:
+    """The directory of a run: `config.json`, `metrics.jsonl`, and `checkpoints/` of every stage.
+
+    A stage that was broken off goes on at its last saved step, and what the log has beyond it is
+    taken back. With several processes all of them make the same calls, and the first one writes.
+
+    Args:
+      out: the directory.
+      config: all that was asked for, as JSON.
+      may_change: names in it, at any depth, that may differ when the run is resumed.
+      mesh: where the arrays live.
+      resume: go on with what is there, if anything is.
+      keep: how many steps of each stage to keep.
+
+    Raises:
+      CheckpointError: there is a run already and `resume` is False, or it was another run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Mapping[str, Any],
+        *,
+        may_change: Collection[str] = (),
+        mesh: jax.sharding.Mesh,
+        resume: bool,
+        keep: int = 2,
+    ) -> None:
+        self.out, self.mesh, self.keep = Path(out), mesh, keep
+        self.config = _without(json.loads(json.dumps(dict(config), default=str)), may_change)
+        self.is_first = jax.process_index() == 0
+        self.compilations = Compilations()
+        self._screen = None if self.is_first else io.StringIO()
+        self._resources = ExitStack()
+        self._calls = 0
+        self._open(config, may_change, resume)
+
+    def _open(self, config: Mapping[str, Any], may_change: Collection[str], resume: bool) -> None:
+        checkpoints, told = self.out / "checkpoints", self.out / "config.json"
+        there = checkpoints.is_dir() and any(checkpoints.iterdir())
+        if there and not resume:
+            raise CheckpointError(
+                f"{self.out} holds a run: go on with it (--resume), move it away, or give another "
+                "directory"
+            )
+        if there and told.is_file():
+            stored = json.loads(told.read_bytes())
+            before = stored.pop("versions", {})
+            checkpoint.same_config(self.out, _without(stored, may_change), self.config)
+            if before != versions():
+                warnings.warn(
+                    f"{self.out} was begun with {before}, this is {versions()}: it goes on, but "
+                    "perhaps not to the same bits",
+                    stacklevel=4,
+                )
+        if not self.is_first:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not there:
+                (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            self.write("config.json", dict(config) | {"versions": versions()})
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.out}: {error.strerror}; give a directory that can be written"
+            ) from error
+
+    def __enter__(self) -> Self:
+        path = self.out / "metrics.jsonl" if self.is_first else Path(os.devnull)
+        self.log = self._resources.enter_context(MetricsLog(path))
+        self._asked_to_stop = self._resources.enter_context(interruption())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file into the directory; the first process does.
+
+        Args:
+          name: of the file.
+          content: what other than JSON is in it becomes text.
+        """
+        if self.is_first:
+            text = json.dumps(content, indent=2, default=str) + "\n"
+            (self.out / name).write_text(text, encoding="utf-8")
+
+    def train(
+        self,
+        stage: str,
+        start: Callable[..., Any],
+        *inputs: Any,
+        step: Step,
+        batches: Batches,
+        num_steps: int,
+        save_every: int,
+        show: Mapping[str, str],
+        first: int = 1,
+    ) -> Trained:
+        """Trains for so many steps, from the start or from where the stage was broken off.
+
+        Args:
+          stage: its name.
+          start: `(*inputs) -> state`, pure; compiled, so that the arrays are born in their shards.
+          *inputs: arrays.
+          step: `(state, batch) -> (state, metrics)`.
+          batches: `(cursor) -> (batch, cursor behind it), …`, from the cursor on.
+          num_steps: how many there are in all.
+          save_every: steps between two saves; the first and the last state are saved as well.
+          show: name of a number beside the progress → name of the metric.
+          first: what the log calls the first step.
+
+        Returns:
+          the state at the end, and the lines of the log.
+
+        Raises:
+          CheckpointError: the last step could not be saved, or no saved step can be taken.
+          TrainingError: the run cannot go on.
+          SystemExit: with `INTERRUPTED`, after saving, when it was asked to stop.
+        """
+        begin = sharding.init(start, self.mesh)
+        like = jax.eval_shape(start, *inputs)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            like,
+            sharding.shardings(like, self.mesh),
+        )
+        folder = self.out / "checkpoints" / stage
+        with Checkpoints(folder, config=self.config, keep=self.keep) as checkpoints:
+            restored = checkpoints.restore(like)
+            if restored is None:
+                done, cursor, state = 0, Cursor(), begin(*inputs)
+                checkpoints.save(0, state, cursor=cursor._asdict())
+            else:
+                done, cursor, state = restored.step, Cursor(**restored.cursor), restored.state
+            rows = self.log.rewind(stage, done)
+            skipped, compiled = 0, None
+            with progress(num_steps, stage, done=done, stream=self._screen) as advance:
+                for batch, behind in batches(cursor):
+                    if done == num_steps:
+                        break
+                    state, metrics = step(state, batch)
+                    row = self.log.write(stage, first + done, metrics)
+                    compiled = self.compilations.count if compiled is None else compiled
+                    done += 1
+                    rows.append(row)
+                    advance(**{name: row[metric] for name, metric in show.items()})
+                    skipped = skipped + 1 if row.get("val/num_skipped") else 0
+                    self._check(row, skipped, state, batch)
+                    self._calls += 1
+                    asked = self._asked_to_stop(self._calls)
+                    if asked or done == num_steps or done % save_every == 0:
+                        numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+                        checkpoints.save(done, state, cursor=behind._asdict(), metrics=numbers)
+                    if asked:
+                        checkpoints.wait()
+                        raise SystemExit(INTERRUPTED)
+        recompilations = self.compilations.count - (compiled or self.compilations.count)
+        return Trained(state, rows, recompilations)
+
+    def _check(self, row: Row, skipped: int, state: Any, batch: Any) -> None:
+        """Stops what would go on for nothing."""
+        if row.get("val/num_scored") == 0:
+            why = "no sample of the batch has a finite score: look at the reward"
+        elif skipped >= MOST_SKIPPED:
+            why = (
+                f"the gradients of {skipped} steps in a row were not finite: lower the learning "
+                "rate, clip the gradients, or look at the batch"
+            )
+        else:
+            return
+        dump = self.out / "dump"
+        checkpoint.save(dump / "state", checkpoint.flatten(state))
+        self.write("dump/row.json", row)
+        if self.is_first:
+            arrays = {
+                name: np.asarray(x) for name, x in checkpoint.flatten({"batch": batch}).items()
+            }
+            np.savez(dump / "batch.npz", allow_pickle=False, **arrays)
+        raise TrainingError(
+            f"{row['stage']} step {row['step']}: {why}; state, batch and metrics are in {dump}"
+        )
+
+
+def _without(config: Any, names: Collection[str]) -> Any:
+    """The tree of dictionaries without these names."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _without(x, names) for name, x in config.items() if name not in names}
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    return {name: version(name) for name in PACKAGES}

@@ -1,0 +1,233 @@
+"""A run goes on where it was broken off, to the same bits, or says why it cannot."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhfjax import checkpoint, sharding
+from rlhfjax.algorithms import train_state
+from rlhfjax.checkpoint import CheckpointError
+from rlhfjax.cli.interruption import INTERRUPTED
+from rlhfjax.cli.run import MOST_SKIPPED, Run, Trained, TrainingError
+from rlhfjax.data.cursor import batches_from
+
+NUM_RECORDS, NUM_STEPS = 12, 8
+OPTIMIZER = optax.adam(0.1)
+CONFIG = {"seed": 3, "out": "here", "model": {"width": 4}}
+
+
+def epoch(number: int, start: int) -> Iterator[np.ndarray]:
+    """Four batches of three records, in an order of the epoch's own."""
+    order = np.random.default_rng(number).permutation(NUM_RECORDS)
+    yield from order.reshape(-1, 3)[start:]
+
+
+def start(seen: Any) -> Any:
+    return {"train": train_state.init({"w": jnp.ones(3)}, OPTIMIZER), "seen": jnp.copy(seen)}
+
+
+@jax.jit
+def update(state: Any, batch: Any) -> Any:
+    grads = {"w": jnp.sin(state["train"].params["w"] * batch)}
+    train, _ = train_state.apply_gradients(state["train"], grads, OPTIMIZER)
+    return {"train": train, "seen": state["seen"].at[batch].add(1)}
+
+
+def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    state = update(state, batch)
+    return state, {"loss": state["train"].params["w"].sum()}
+
+
+def train(
+    out: Path,
+    *,
+    resume: bool = False,
+    stages: tuple[str, ...] = ("one",),
+    step: Callable[..., Any] = step,
+    config: dict[str, Any] = CONFIG,
+    save_every: int = 3,
+) -> Trained:
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    with Run(out, config, may_change=("out",), mesh=mesh, resume=resume) as run:
+        for stage in stages:
+            trained = run.train(
+                stage,
+                start,
+                jnp.zeros(NUM_RECORDS, int),
+                step=step,
+                batches=lambda cursor: batches_from(cursor, epoch),
+                num_steps=NUM_STEPS,
+                save_every=save_every,
+                show={"loss": "loss"},
+            )
+    return trained
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+def until(number: int, what: Callable[[], None]) -> Callable[..., Any]:
+    calls = 0
+
+    def broken(state: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            what()
+        return step(state, batch)
+
+    return broken
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, train(out, stages=("one", "two"))
+
+
+def test_every_record_is_seen_once_an_epoch(unbroken: tuple[Path, Trained]) -> None:
+    assert unbroken[1].state["seen"].tolist() == [2] * NUM_RECORDS
+
+
+@pytest.mark.parametrize("number", range(1, 2 * NUM_STEPS + 1))
+def test_broken_off_at_any_step_it_comes_to_the_same_end(
+    unbroken: tuple[Path, Trained], tmp_path: Path, number: int
+) -> None:
+    stages = ("one", "two")
+    with pytest.raises(Killed):
+        train(tmp_path, stages=stages, step=until(number, kill))
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"stage": "one", "st')
+    again = train(tmp_path, resume=True, stages=stages)
+    assert checkpoint.digest(again.state) == checkpoint.digest(unbroken[1].state)
+    assert again.rows == unbroken[1].rows
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken[0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_is_done_is_done(unbroken: tuple[Path, Trained]) -> None:
+    def never(state: Any, batch: Any) -> Any:
+        raise AssertionError
+
+    out, trained = unbroken
+    before = (out / "metrics.jsonl").read_bytes()
+    again = train(out, resume=True, stages=("one", "two"), step=never)
+    assert checkpoint.digest(again.state) == checkpoint.digest(trained.state)
+    assert again.rows == trained.rows
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_first(
+    unbroken: tuple[Path, Trained], tmp_path: Path, number: int
+) -> None:
+    before = signal.getsignal(number)
+    told = until(5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, stages=("one", "two"), step=told, save_every=100)
+    assert end.value.code == INTERRUPTED == 75
+    assert signal.getsignal(number) is before
+    record = json.loads((tmp_path / "checkpoints" / "one" / "5" / "record.json").read_text())
+    assert record["cursor"] == {"epoch": 1, "position": 1}
+    again = train(tmp_path, resume=True, stages=("one", "two"))
+    assert checkpoint.digest(again.state) == checkpoint.digest(unbroken[1].state)
+
+
+def test_asked_twice_it_does_not_wait(tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, step=until(2, twice))
+
+
+def test_a_run_is_not_written_over(unbroken: tuple[Path, Trained]) -> None:
+    before = {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=r"holds a run.*--resume"):
+        train(unbroken[0])
+    other = {"seed": 4, "out": "there", "model": {"width": 8}}
+    with pytest.raises(CheckpointError) as error:
+        train(unbroken[0], resume=True, config=other)
+    assert "model.width is 4 there, 8 here; seed is 3 there, 4 here" in str(error.value)
+    assert "out" not in str(error.value).split("another run:")[1].split(";")[0]
+    assert {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()} == before
+
+
+def test_other_versions_are_told(unbroken: tuple[Path, Trained], tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, step=until(2, kill))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["versions"]["jax"] = "0.0.1"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"'jax': '0\.0\.1'"):
+        train(tmp_path, resume=True)
+
+
+def with_metrics(**metrics: float) -> Callable[..., Any]:
+    def step_with(state: Any, batch: Any) -> Any:
+        state, own = step(state, batch)
+        return state, own | metrics
+
+    return step_with
+
+
+@pytest.mark.parametrize(
+    ("metrics", "steps", "said"),
+    [
+        ({"val/num_scored": 0}, 1, "no sample .* finite score"),
+        ({"val/num_skipped": 2}, MOST_SKIPPED, f"gradients of {MOST_SKIPPED} steps in a row"),
+    ],
+)
+def test_what_would_go_on_for_nothing_stops_with_a_dump(
+    tmp_path: Path, metrics: dict[str, float], steps: int, said: str
+) -> None:
+    with pytest.raises(TrainingError, match=rf"one step {steps}: .*{said}.*dump"):
+        train(tmp_path, step=with_metrics(**metrics))
+    row = json.loads((tmp_path / "dump" / "row.json").read_text())
+    assert row["step"] == steps
+    batch = np.load(tmp_path / "dump" / "batch.npz")
+    np.testing.assert_array_equal(batch["batch"], next(epoch(*divmod(steps - 1, 4))))
+    like = checkpoint.flatten(jax.eval_shape(start, jnp.zeros(NUM_RECORDS, int)))
+    state = checkpoint.restore(tmp_path / "dump" / "state", like)
+    assert state["train.step"] == steps
+
+
+def test_a_skipped_update_now_and_then_is_no_reason_to_stop(tmp_path: Path) -> None:
+    calls = 0
+
+    def now_and_then(state: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        state, metrics = step(state, batch)
+        return state, metrics | {"val/num_skipped": int(calls % MOST_SKIPPED > 0)}
+
+    assert len(train(tmp_path, step=now_and_then).rows) == NUM_STEPS
+
+
+def test_a_last_step_that_is_not_saved_is_an_error(tmp_path: Path) -> None:
+    def blocked() -> None:
+        # Where the folder of the last step should be there is a file.
+        (tmp_path / "checkpoints" / "one" / "8").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"step 8 was not saved.*the last step saved is 6"):
+        train(tmp_path, step=until(8, blocked))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/out.*Not a directory.*can be written"):
+        train(tmp_path / "file" / "out")
