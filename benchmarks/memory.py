@@ -120,6 +120,10 @@ def main(args: Args) -> dict[str, tuple[str, int]]:
             "(4 + 4) · 2N / (f·t)",
             2 * size(state.params, mesh),
         ),
+        "update: whole embeddings, their gradients": (
+            "4 · 4 · V · D / t",
+            16 * VOCAB * width // args.tensor,
+        ),
         "update: logits and their gradient": ("8 · m · T · V / t", 2 * args.micro_rows * logits),
         "update: inputs of blocks": (
             "2 · 2 · m · S · L · D",

@@ -50,7 +50,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 FREE |= {f"{kind}-done" for kind in (*COLLECTIVES, "async", "copy")}
 # Their results hold their operands too.
 HANDED_ON = {"all-gather-start", "collective-permute-start", "copy-start"}
-
+STARTS = 'custom_call_target="AsyncCollectiveStart"'
 ARITHMETIC: dict[str, Callable[..., int]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -211,13 +211,7 @@ class Program:
         name = name or self.entry
         if name not in self._costs:
             inside = self.computations[name]
-            cost = sum((self._cost(x, inside) for x in inside), Counter())
-            exchanged: dict[str, tuple[str, int]] = {}
-            for x in inside:
-                exchanged |= self.exchanged(x, inside)
-            for kind, size in exchanged.values():
-                cost[kind] += size
-            self._costs[name] = cost
+            self._costs[name] = sum((self._cost(x, inside) for x in inside), Counter())
         return self._costs[name]
 
     def _cost(self, x: Instruction, inside: Computation) -> Cost:
@@ -239,30 +233,29 @@ class Program:
             traffic = self.computations[x.called("calls")[0]].bytes
         else:
             traffic = inside.read(x).total() + inside.results(x)
-        return Counter(flops=self.flops(x, inside), bytes=traffic)
+        return Counter(flops=self.flops(x, inside), bytes=traffic) + self.exchanged(x, inside)
 
-    def exchanged(self, x: Instruction, inside: Computation) -> dict[str, tuple[str, int]]:
-        """Kind and bytes of a collective, or of those that a fusion holds, each by its name.
+    def exchanged(self, x: Instruction, inside: Computation) -> Cost:
+        """Bytes by kind of a collective, or of those that a fusion holds.
 
         A TPU's compiler fuses what follows an all-reduce into it, and repeats a gather that goes on
-        beside other work in each of the fusions that it accompanies, which then form a chain.
+        beside other work in each of the fusions that it accompanies: it counts where it starts.
         """
         if x.opcode == "fusion":
             (name,) = x.called("calls")
             fused = self.computations[name]
-            found: dict[str, tuple[str, int]] = {}
-            for y in fused:
-                found |= self.exchanged(y, fused)
+            texts = [y.attributes for y in fused]
+            if any("chain_id=" in t for t in texts) and not any(STARTS in t for t in texts):
+                return Counter()
+            found = sum((self.exchanged(y, fused) for y in fused), Counter())
             if name.startswith("all-reduce-scatter"):
-                found = {key: ("reduce-scatter", size) for key, (_, size) in found.items()}
+                return Counter({"reduce-scatter": found["all-reduce"]})
             return found
         kind = x.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
-            return {}
+            return Counter()
         sent = kind in {"reduce-scatter", "collective-permute"}
-        chain = re.search(r'chain_id="\d+"', x.attributes)
-        size = inside.read(x).total() if sent else inside.results(x)
-        return {chain[0] if chain else x.name: (kind, size)}
+        return Counter({kind: inside.read(x).total() if sent else inside.results(x)})
 
     def flops(self, x: Instruction, inside: Computation) -> int:
         """2·M·N·K of a matrix product, 0 of anything else."""

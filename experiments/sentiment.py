@@ -750,7 +750,7 @@ def train_on_samples(
     index, count = sharding.part_of_process(run.mesh)
 
     @memory.explained
-    @partial(jax.jit, donate_argnums=0)
+    @sharding.Step
     def iterate(state: Any, prompts: Padded, ref: Params, reward: Params):
         samples = algorithm.sample(state, *prompts)
         scores = reward_of(reward, samples)
@@ -779,6 +779,7 @@ def train_on_samples(
         batches=partial(batches_from, epoch=epoch),
         num_steps=args.ppo.iterations,
         save_every=args.ppo.save_every,
+        best="objective/rlhf_reward",
         show={"score": "objective/scores", "gold": "gold/positive_rate", "kl": "objective/kl"},
         first=0,
     )

@@ -369,6 +369,10 @@ class Step:
         """`jax.jit(…).lower`, likewise."""
         return self._run.lower(_places(state), state, *args, **kwargs)
 
+    def eval_shape(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """`jax.jit(…).eval_shape`, likewise."""
+        return self._run.eval_shape(_places(state), state, *args, **kwargs)
+
 
 _Places = tuple[NamedSharding | None, ...]
 

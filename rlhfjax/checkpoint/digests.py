@@ -59,12 +59,13 @@ def digests(tree: Any) -> dict[str, str]:
     Returns:
       name → "float32[2, 3] 0123456789abcdef".
     """
-    arrays = flatten(tree)
-    sums = jax.device_get({name: _sums(array) for name, array in arrays.items()})
-    return {
-        name: f"{shape_of(arrays[name])} {first:08x}{second:08x}"
-        for name, (first, second) in sums.items()
-    }
+
+    def of(array: Array) -> str:
+        # Waits for each: many small programs that reduce over devices get into each other's way.
+        first, second = jax.device_get(_sums(array))
+        return f"{shape_of(array)} {first:08x}{second:08x}"
+
+    return {name: of(array) for name, array in flatten(tree).items()}
 
 
 def digest(tree: Any) -> str:

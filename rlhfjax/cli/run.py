@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -151,6 +153,7 @@ class Run:
         num_steps: int,
         save_every: int,
         show: Mapping[str, str],
+        best: str | None = None,
         first: int = 1,
     ) -> Trained:
         """Trains for so many steps, from the start or from where the stage was broken off.
@@ -164,6 +167,7 @@ class Run:
           num_steps: how many there are in all.
           save_every: steps between two saves; the first and the last state are saved as well.
           show: name of a number beside the progress → name of the metric.
+          best: a metric; the step that was saved when it was greatest is kept too.
           first: what the log calls the first step.
 
         Returns:
@@ -182,7 +186,8 @@ class Run:
             sharding.shardings(like, self.mesh),
         )
         folder = self.out / "checkpoints" / stage
-        with Checkpoints(folder, config=self.config, keep=self.keep) as checkpoints:
+        by = None if best is None else partial(_metric, best)
+        with Checkpoints(folder, config=self.config, keep=self.keep, best=by) as checkpoints:
             restored = checkpoints.restore(like)
             if restored is None:
                 done, cursor, state = 0, Cursor(), begin(*inputs)
@@ -236,6 +241,11 @@ class Run:
         raise TrainingError(
             f"{row['stage']} step {row['step']}: {why}; state, batch and metrics are in {dump}"
         )
+
+
+def _metric(name: str, metrics: Mapping[str, float]) -> float:
+    """Where a step has no such number, it is not the best one."""
+    return metrics.get(name, -math.inf)
 
 
 def _without(config: Any, names: Collection[str]) -> Any:

@@ -27,6 +27,7 @@ def test_of_llama_3_2_1b_divided_over_eight_devices() -> None:
         "decoding: its embedding, in float32": 4 * 128_256 * 2048 / 2 / 1e9,
         "decoding: keys and values": 2 * 2 * 4 * 1024 * 16 * 512 / 2 / 1e9,
         "update: gradients, and those of a part": 8 * 2 * billions / 8,
+        "update: whole embeddings, their gradients": 16 * 128_256 * 2048 / 2 / 1e9,
         "update: logits and their gradient": 8 * 2 * 512 * 128_256 / 2 / 1e9,
         "update: inputs of blocks": 4 * 2 * 1024 * 16 * 2048 / 1e9,
         "update: inside of a block": 2 * (6 * 32 * 1024**2 + 6 * 1024 * 8192) / 2 / 1e9,

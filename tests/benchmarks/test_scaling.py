@@ -138,9 +138,10 @@ COLLECTIVE_TEXT = """HloModule exchange, num_partitions=4
   ROOT %scattered.2 = f32[2,4]{1,0} reduce-scatter(%w), dimensions={0}, to_apply=%add
 }
 
-%chained (p: f32[8,4]) -> f32[32,4] {
+%chained (p: f32[8,4]) -> (f32[32,4], s32[2]) {
   %p = f32[8,4]{1,0} parameter(0)
-  ROOT %gather.1 = f32[32,4]{1,0} all-gather(%p), frontend_attributes={chain_id="7"}
+  %gather.1 = f32[32,4]{1,0} all-gather(%p), frontend_attributes={chain_id="7"}
+  ROOT %on = (f32[32,4], s32[2]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %chained.1 (q: f32[8,4]) -> f32[32,4] {
@@ -167,7 +168,7 @@ ENTRY %main (x: f32[8,4], h: bf16[6]) -> (f32[8,4], /*index=1*/f32[8,4]) {
   %scattered = f32[2,4]{1,0} reduce-scatter(%reduced), dimensions={0}, to_apply=%add
   %scattering = ((f32[8,4]{1,0}), f32[2,4]{1,0}, u32[]) async-start(%reduced), calls=%wrapped
   %scattered.1 = f32[2,4]{1,0} async-done(%scattering), calls=%wrapped
-  %begun = f32[32,4]{1,0} fusion(%reduced), kind=kCustom, calls=%chained
+  %begun = (f32[32,4], s32[2]) fusion(%reduced), kind=kCustom, calls=%chained
   %ended = f32[32,4]{1,0} fusion(%reduced), kind=kCustom, calls=%chained.1
   %fused = f32[2,4]{1,0} fusion(%reduced), kind=kCustom, calls=%all-reduce-scatter.3
   %swapped = f32[8,4]{1,0} all-to-all(%reduced), dimensions={0}

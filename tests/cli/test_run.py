@@ -55,6 +55,7 @@ def train(
     step: Callable[..., Any] = step,
     config: dict[str, Any] = CONFIG,
     save_every: int = 3,
+    best: str | None = None,
 ) -> Trained:
     mesh = sharding.mesh(devices=jax.devices()[:1])
     with Run(out, config, may_change=("out",), mesh=mesh, resume=resume) as run:
@@ -67,6 +68,7 @@ def train(
                 batches=lambda cursor: batches_from(cursor, epoch),
                 num_steps=NUM_STEPS,
                 save_every=save_every,
+                best=best,
                 show={"loss": "loss"},
             )
     return trained
@@ -116,6 +118,18 @@ def test_broken_off_at_any_step_it_comes_to_the_same_end(
     assert checkpoint.digest(again.state) == checkpoint.digest(unbroken[1].state)
     assert again.rows == unbroken[1].rows
     assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken[0] / "metrics.jsonl").read_bytes()
+
+
+def test_the_best_step_is_kept_beside_the_last(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.2, 0.4, 0.1, 0.2])
+
+    def scored(state: Any, batch: Any) -> Any:
+        state, metrics = step(state, batch)
+        return state, metrics | {"score": next(scores)}
+
+    train(tmp_path, step=scored, save_every=1, best="score")
+    kept = {path.name for path in (tmp_path / "checkpoints" / "one").iterdir()}
+    assert kept == {"3", "7", "8"}
 
 
 def test_a_run_that_is_done_is_done(unbroken: tuple[Path, Trained]) -> None:
