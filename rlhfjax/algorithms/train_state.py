@@ -104,7 +104,7 @@ def descend(
     data: Any,
     key: Array,
     *,
-    wanted: Callable[[Any], Array],
+    wanted: Callable[[Any], Array | bool] = lambda minibatch: True,
     optimizer: optax.GradientTransformation,
     num_epochs: int,
     num_minibatches: int,
