@@ -27,7 +27,8 @@ test: $(READY) ## formatting, lint, types, all tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy rlhfjax
-	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder
 
 lock: $(READY) ## resolve requirements.lock anew
 	$(RUN) -m pip install --quiet uv

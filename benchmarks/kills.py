@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,10 +44,11 @@ class Runs:
         sizes = ((f"--{a}.{b}", str(x)) for a, of in SIZES.items() for b, x in of.items())
         given = {"--data": str(folder / "data"), "--algorithm": algorithm} | dict(sizes)
         self.flags = [part for pair in given.items() for part in pair] + more
-        self.env = os.environ | {
+        shared = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        self.env = shared | os.environ
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(SCRIPT), "--resume", "--out", str(self.folder / name)]
@@ -67,7 +67,12 @@ class Runs:
         summary = json.loads((out / "summary.json").read_text())
         return summary["state/digest"], (out / "metrics.jsonl").read_bytes()
 
-    def steps(self, name: str) -> dict[str, int]:
+    def num_rows(self, name: str) -> int:
+        """Lines of the log."""
+        log = self.folder / name / "metrics.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def saved(self, name: str) -> dict[str, int]:
         """The last step saved of each stage."""
         files = (self.folder / name / "checkpoints").glob("*/*/files.json")
         last: dict[str, int] = {}
@@ -85,25 +90,26 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="flags of the script, after --")
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    kills = different = 0
     with tempfile.TemporaryDirectory() as name:
         runs = Runs(Path(name), args.algorithm, args.more)
         runs.finish(runs.start("unbroken"))
-        wanted = runs.end("unbroken")
-        start = time.monotonic()
-        runs.finish(runs.start("again"))  # everything is compiled by now
-        longest = time.monotonic() - start
-        different = int(runs.end("again") != wanted)
-        kills = 0
+        wanted, total = runs.end("unbroken"), runs.num_rows("unbroken")
         while True:
             process = runs.start("killed")
-            try:
-                process.wait(rng.uniform(0.2, 1.0) * longest if kills < args.kills else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                print(f"kill {kills}: saved were {runs.steps('killed')}", flush=True)
-                continue
+            if kills < args.kills:
+                # At a random line of the log that it has yet to write, and some time behind it.
+                row = rng.randint(runs.num_rows("killed"), total)
+                while process.poll() is None and runs.num_rows("killed") < row:
+                    time.sleep(0.005)
+                time.sleep(rng.uniform(0.0, 0.5))
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    kills += 1
+                    rows, saved = runs.num_rows("killed"), runs.saved("killed")
+                    print(f"kill {kills} at line {rows} of {total}, saved {saved}", flush=True)
+                    continue
             runs.finish(process)
             same = runs.end("killed") == wanted
             different += not same

@@ -829,4 +829,6 @@ def draw(prompts: Padded, number: int, iteration: int, seed: int) -> Padded:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(tyro.cli(Args)), indent=2))
+    summary = main(tyro.cli(Args))
+    if summary:  # of several processes the first one has it
+        print(json.dumps(summary, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -135,11 +136,16 @@ class Checkpoints:
           state: any tree of arrays.
           cursor: where the data goes on, as JSON.
           metrics: numbers that `best` may look at.
+
+        Raises:
+          ValueError: the step is saved already.
         """
         try:
             self.wait()
         except CheckpointError as error:
             warnings.warn(f"{error}; training goes on", stacklevel=2)
+        if step in self.steps():
+            raise ValueError(f"{self._path(step)} is saved already: number steps on")
         record = {
             "format": FORMAT,
             "step": step,
@@ -151,13 +157,11 @@ class Checkpoints:
         }
         path = self._path(step)
         arrays = flatten(state)
-        failed: Exception | None = None
-        try:
-            if jax.process_index() == 0:
-                self._make_room(path)
-            self._orbax.save(path / ARRAYS, args=ocp.args.StandardSave(arrays))
-        except Exception as error:
-            failed = error
+        failed = _on_first_process(lambda: self._make_room(path))
+        if failed is None:
+            failed = _error_of(
+                lambda: self._orbax.save(path / ARRAYS, args=ocp.args.StandardSave(arrays))
+            )
         self._saving = step, self._background.submit(self._finish, path, record, failed)
 
     def wait(self) -> None:
@@ -169,14 +173,15 @@ class Checkpoints:
         if self._saving is None:
             return
         (step, saving), self._saving = self._saving, None
-        try:
-            saving.result()
-        except Exception as error:
+        error = saving.exception()
+        reason = _failure_anywhere(error)
+        if reason:
             self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            if jax.process_index() == 0 and not (self._path(step) / FILES).exists():
+                shutil.rmtree(self._path(step), ignore_errors=True)
             last = self.steps()[-1:]
             raise CheckpointError(
-                f"{self.directory}: step {step} was not saved: {_reason(error)}; "
+                f"{self.directory}: step {step} was not saved: {reason}; "
                 + (f"the last step saved is {last[0]}" if last else "no step is saved")
             ) from error
 
@@ -242,25 +247,37 @@ class Checkpoints:
         _sync(path)
         _sync(self.directory)
         self._refused.pop(record["step"], None)
-        self._prune()
+        error = _error_of(self._prune)
+        if error is not None:
+            warnings.warn(
+                f"{self.directory}: old steps are still there: {_reason(error)}", stacklevel=2
+            )
 
     def _prune(self) -> None:
         saved = self.steps()
         kept = set(saved[-self.keep :])
-        best = self.best
-        if best is not None:
-            kept.add(max(saved, key=lambda step: best(self._record(step)["metrics"])))
+        if self.best is not None:
+            kept.add(max(saved, key=self._goodness))
         for step in set(self._numbers()) - kept - self._refused.keys():
             # Without its list of files a step is none, should the rest of this not be reached.
             (self._path(step) / FILES).unlink(missing_ok=True)
             shutil.rmtree(self._path(step), ignore_errors=True)
+
+    def _goodness(self, step: int) -> float:
+        assert self.best is not None
+        try:
+            return self.best(self._record(step)["metrics"])
+        except (OSError, ValueError):  # altered, which is for `restore` to say
+            return -math.inf
 
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self._path(step) / RECORD).read_bytes())
 
     def _restore(self, step: int, like: Any) -> Restored:
         path = self._path(step)
-        _agree(lambda: _check_files(path))
+        refusal = _on_first_process(lambda: _check_files(path))
+        if refusal is not None:
+            raise _Refused(str(refusal))
         record = self._record(step)
         if record.get("format") != FORMAT:
             raise _Refused(
@@ -340,19 +357,32 @@ class _Refused(Exception):
     """A step that is not taken."""
 
 
-def _agree(check: Callable[[], None]) -> None:
-    """What the first process finds holds for all of them."""
-    found = ""
-    if jax.process_index() == 0:
-        try:
-            check()
-        except _Refused as refusal:
-            found = str(refusal) or "refused"
-    if jax.process_count() > 1:
-        text = np.frombuffer(found.encode()[:500].ljust(500), np.uint8)
-        found = bytes(multihost_utils.broadcast_one_to_all(text)).decode().rstrip()
-    if found:
-        raise _Refused(found)
+def _error_of(function: Callable[[], Any]) -> Exception | None:
+    try:
+        function()
+    except Exception as error:
+        return error
+    return None
+
+
+def _on_first_process(function: Callable[[], None]) -> Exception | None:
+    """The error of what one process does for all of them, in all of them."""
+    error = _error_of(function) if jax.process_index() == 0 else None
+    found = _failure_anywhere(error)
+    return error or (_Refused(found) if found else None)
+
+
+def _failure_anywhere(error: BaseException | None) -> str:
+    """Why the first process failed that did, "" where none did: the same answer in all of them."""
+    reason = "" if error is None else _reason(error)
+    if jax.process_count() == 1:
+        return reason
+    text = np.frombuffer(reason.encode()[:500].ljust(500), np.uint8)
+    reasons = (
+        bytes(row).decode(errors="replace").strip()
+        for row in multihost_utils.process_allgather(text)
+    )
+    return next(filter(None, reasons), "")
 
 
 def _check_files(path: Path) -> None:
@@ -410,5 +440,7 @@ def _sync(directory: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, _Refused):
+        return str(error)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

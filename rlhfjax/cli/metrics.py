@@ -43,6 +43,11 @@ class MetricsLog:
     ) -> None:
         self._file.close()
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        if self.path.is_file():
+            os.fsync(self._file.fileno())
+
     def rewind(self, stage: str, count: int) -> list[dict[str, Any]]:
         """Takes back what a run wrote after it was last saved, so that it can be written again.
 
@@ -84,6 +89,7 @@ class MetricsLog:
           The line as a dictionary, numbers as Python floats, None for those not finite.
 
         Raises:
+          OSError: the line cannot be written, as where the disk is full.
           ValueError: a metric named "stage" or "step", or one of more than one element.
         """
         row: dict[str, str | int | float | None] = {"stage": stage, "step": int(step)}
@@ -96,6 +102,11 @@ class MetricsLog:
                 )
             number = float(np.asarray(value, dtype=np.float64).item())
             row[name] = number if math.isfinite(number) else None
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}; make room, and resume the run", str(self.path)
+            ) from error
         return row

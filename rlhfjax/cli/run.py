@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rlhfjax import checkpoint, sharding
 from rlhfjax.checkpoint import CheckpointError, Checkpoints
@@ -106,6 +107,8 @@ class Run:
                     "perhaps not to the same bits",
                     stacklevel=4,
                 )
+        if jax.process_count() > 1:  # All have looked before one changes anything.
+            multihost_utils.sync_global_devices("the run is open")
         if not self.is_first:
             return
         try:
@@ -133,15 +136,18 @@ class Run:
         self._resources.close()
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file into the directory; the first process does.
+        """Writes a JSON file into the directory, all of it or none; the first process does.
 
         Args:
           name: of the file.
           content: what other than JSON is in it becomes text.
         """
         if self.is_first:
+            path = self.out / name
+            temporary = path.with_name(f".{path.name}")
             text = json.dumps(content, indent=2, default=str) + "\n"
-            (self.out / name).write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
 
     def train(
         self,
@@ -212,6 +218,7 @@ class Run:
                     asked = self._asked_to_stop(self._calls)
                     if asked or done == num_steps or done % save_every == 0:
                         numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+                        self.log.sync()
                         checkpoints.save(done, state, cursor=behind._asdict(), metrics=numbers)
                     if asked:
                         checkpoints.wait()

@@ -15,20 +15,16 @@ from small_models import assert_close, assert_same, bigram, numbers
 
 from rlhfjax import models
 from rlhfjax.algorithms import (
-    cispo,
     cpo,
     dapo,
     dpo,
-    dr_grpo,
     grpo,
-    gspo,
     ipo,
     kto,
     online_dpo,
     orpo,
     ppo,
     reinforce,
-    reinforce_plus_plus,
     rejection_sampling,
     remax,
     reward_model,
@@ -224,17 +220,14 @@ def supervised(module: ModuleType) -> Learner:
     )
 
 
+# The others have the `learn` of these.
 SAMPLING = {
     "ppo": (ppo, {}, 1),
     "reinforce": (reinforce, {}, 1),
-    "reinforce_plus_plus": (reinforce_plus_plus, {"group_size": 2}, 2),
     "rloo": (rloo, {"group_size": 3}, 3),
     "remax": (remax, {}, 2),
     "grpo": (grpo, {"group_size": 3}, 3),
-    "dr_grpo": (dr_grpo, {"group_size": 3}, 3),
     "dapo": (dapo, {"group_size": 3}, 3),
-    "gspo": (gspo, {"group_size": 3}, 3),
-    "cispo": (cispo, {"group_size": 3}, 3),
     "online_dpo": (online_dpo, {}, 2),
     "rejection_sampling": (rejection_sampling, {"group_size": 3}, 3),
 }

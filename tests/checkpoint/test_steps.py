@@ -99,6 +99,25 @@ def test_the_state_may_be_donated_at_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.state["w"], np.ones((1000, 500)))
 
 
+def test_a_step_is_saved_once(folder: Path) -> None:
+    before = everything_in(folder)
+    with (
+        Checkpoints(folder, config=CONFIG) as checkpoints,
+        pytest.raises(ValueError, match="3 is saved already"),
+    ):
+        checkpoints.save(3, state_at(0), cursor={})
+    assert everything_in(folder) == before
+
+
+def test_old_steps_that_cannot_be_removed_do_not_fail_a_save(folder: Path) -> None:
+    with Checkpoints(folder, config=CONFIG, keep=1, best=lambda m: m["none"]) as checkpoints:
+        checkpoints.save(4, state_at(4), cursor={"epoch": 0, "position": 4})
+        with pytest.warns(UserWarning, match="old steps are still there: KeyError"):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1, 2, 3, 4]
+    assert_is(restored(folder), 4)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, config={}, keep=2, best=lambda m: m["score"]) as checkpoints:
         for step, score in enumerate([0.1, 0.9, 0.3, 0.2, 0.5]):
