@@ -96,10 +96,10 @@ def main() -> None:
         runs.finish(runs.start("unbroken"))
         wanted, total = runs.end("unbroken"), runs.num_rows("unbroken")
         while True:
-            process = runs.start("killed")
-            if kills < args.kills:
-                # At a random line of the log that it has yet to write, and some time behind it.
-                row = rng.randint(runs.num_rows("killed"), total)
+            process, rows = runs.start("killed"), runs.num_rows("killed")
+            if kills < args.kills and rows < total:
+                # At one of the next lines of the log, and some time behind it.
+                row = min(rows + rng.randint(0, total // 4), total)
                 while process.poll() is None and runs.num_rows("killed") < row:
                     time.sleep(0.005)
                 time.sleep(rng.uniform(0.0, 0.5))
