@@ -224,7 +224,10 @@ class Args:
 
 
 # What may be another when a run is resumed: where it is, and how its work is shared.
-MAY_CHANGE = ("data", "out", "resume", "keep", "distributed", "heartbeat", "mesh", "save_every")
+MAY_CHANGE = (
+    "data", "out", "resume", "keep", "distributed", "heartbeat", "mesh", "save_every",
+    "micro_batches", "remat",
+)  # fmt: skip
 
 
 def main(args: Args) -> dict[str, object]:
@@ -279,7 +282,8 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
         start = jax.jit(partial(headed, scorer))(policy, keys[1])
         reward = train_reward(args, scorer, normalise(start, own), splits, codec, run)
         reward = normalise(reward, own)
-        test_scores = score_texts(scorer, reward, codec, splits["test"], run)
+        score = jax.jit(partial(scores_of, scorer))
+        test_scores = score_texts(score, reward, codec, splits["test"], run)
 
     # 5. Learning from the reward model or from the pairs, under a KL penalty.
     with clock(args.algorithm):
@@ -296,8 +300,8 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
 
     # 6. Fresh samples to test prompts for the judge and for the reader.
     after = respond(new_policy, prompts["test"])
-    score = jax.jit(reward_of)
-    scores_before, scores_after = score(reward, before), score(reward, after)
+    score_rollout = jax.jit(reward_of)
+    scores_before, scores_after = score_rollout(reward, before), score_rollout(reward, after)
     kl_after = jax.jit(partial(divergence, model=model))(after, policy)
     state_digest = checkpoint.digest(trained.state)
     checkpoint.save(args.out / "checkpoint", {"policy": new_policy, "reward": reward})
@@ -553,6 +557,7 @@ def train_reward(
         reward_model.make_step(scorer, optimizer, num_micro_batches=settings.micro_batches)
     )
     labels = [text.label for text in splits["validation"]]
+    score = jax.jit(partial(scores_of, scorer))
 
     @partial(jax.jit, donate_argnums=0)
     def keep_better(state: BestSoFar, accuracy: Array) -> BestSoFar:
@@ -569,7 +574,7 @@ def train_reward(
         train, metrics = update(state.train, batch)
         state = state._replace(train=train)
         if int(train.step) in ends:
-            scores = score_texts(scorer, train.params, codec, splits["validation"], run)
+            scores = score_texts(score, train.params, codec, splits["validation"], run)
             accuracy = pairwise_accuracy(scores, labels)
             metrics |= {"validation/accuracy": accuracy}
             state = keep_better(state, np.float32(accuracy))
@@ -597,17 +602,17 @@ class BestSoFar(NamedTuple):
 
 
 def score_texts(
-    scorer: ScalarModel,
+    score: Callable[..., Array],
     params: Params,
     codec: Codec,
     texts: Sequence[LabelledText],
     run: Run,
 ) -> np.ndarray:
-    """The reward model's score of each text."""
+    """The score of each text; `score` is that of rows, compiled."""
     ids = codec.encode([text.text for text in texts])
     size = {"num_rows": -(-len(ids) // 64) * 64, "length": codec.args.model.context}
     batch = sharding.rows(right_pad(ids, **size, pad_token=PAD), run.mesh)
-    return np.asarray(jax.jit(partial(scores_of, scorer))(params, *batch))[: len(ids)]
+    return np.asarray(score(params, *batch))[: len(ids)]
 
 
 def scores_of(scorer: ScalarModel, params: Params, tokens: Array, mask: Array) -> Array:
@@ -748,6 +753,11 @@ def train_on_samples(
 ) -> Trained:
     """Moves the policy towards what the reward model likes; the judge watches."""
     index, count = sharding.part_of_process(run.mesh)
+    if algorithm.num_prompts % count:
+        raise ValueError(
+            f"{algorithm.num_prompts} prompts an iteration do not divide into the parts of {count} "
+            "processes: choose --ppo.prompts so that they do"
+        )
 
     @memory.explained
     @sharding.Step

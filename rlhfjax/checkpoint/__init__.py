@@ -2,7 +2,7 @@
 
 from rlhfjax.checkpoint.digests import digest, digests, flatten, unflatten
 from rlhfjax.checkpoint.parameters import restore, save
-from rlhfjax.checkpoint.steps import CheckpointError, Checkpoints, Restored, same_config
+from rlhfjax.checkpoint.steps import CheckpointError, Checkpoints, Restored, same_config, write_json
 
 __all__ = [
     "CheckpointError",
@@ -15,4 +15,5 @@ __all__ = [
     "same_config",
     "save",
     "unflatten",
+    "write_json",
 ]

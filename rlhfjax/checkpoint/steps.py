@@ -93,7 +93,7 @@ class Checkpoints:
                 f"{self.directory}: {error.strerror}; give a directory that can be written"
             ) from error
         self._refused: dict[int, str] = {}
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._orbax = _orbax()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
 
@@ -176,7 +176,7 @@ class Checkpoints:
         error = saving.exception()
         reason = _failure_anywhere(error)
         if reason:
-            self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+            self._orbax = _orbax()
             if jax.process_index() == 0 and not (self._path(step) / FILES).exists():
                 shutil.rmtree(self._path(step), ignore_errors=True)
             last = self.steps()[-1:]
@@ -203,7 +203,7 @@ class Checkpoints:
         """
         self.wait()
         self._refused = {}
-        found = self._numbers()
+        found = _as_first_process(self._numbers())
         for step in reversed(found):
             try:
                 restored = self._restore(step, like)
@@ -221,7 +221,8 @@ class Checkpoints:
         )
 
     def _numbers(self) -> list[int]:
-        folders = (p for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        """Of all folders of steps; of none, where the directory is gone."""
+        folders = (p for p in self.directory.glob("*") if p.name.isdecimal() and p.is_dir())
         return sorted(int(folder.name) for folder in folders)
 
     def _path(self, step: int) -> Path:
@@ -242,10 +243,11 @@ class Checkpoints:
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
-        _write(path / RECORD, record)
-        _write(path / FILES, _hashes(path))
-        _sync(path)
-        _sync(self.directory)
+        write_json(path / RECORD, record)
+        hashes = _hashes(path)
+        for folder in (self.directory, path, *(p for p in path.rglob("*") if p.is_dir())):
+            _sync(folder)
+        write_json(path / FILES, hashes)
         self._refused.pop(record["step"], None)
         error = _error_of(self._prune)
         if error is not None:
@@ -278,7 +280,11 @@ class Checkpoints:
         refusal = _on_first_process(lambda: _check_files(path))
         if refusal is not None:
             raise _Refused(str(refusal))
-        record = self._record(step)
+        records: list[dict[str, Any]] = []
+        unread = _failure_anywhere(_error_of(lambda: records.append(self._record(step))))
+        if unread:
+            raise _Refused(f"{RECORD} cannot be read: {unread}")
+        (record,) = records
         if record.get("format") != FORMAT:
             raise _Refused(
                 f"format {record.get('format')}, this version reads {FORMAT}: restore it with "
@@ -291,10 +297,17 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
             wanted,
         )
-        try:
-            arrays = self._orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:
-            raise _Refused(f"cannot be read: {_reason(error)}") from error
+        read: list[dict[str, Any]] = []
+        unread = _failure_anywhere(
+            _error_of(
+                lambda: read.append(
+                    self._orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(abstract))
+                )
+            )
+        )
+        if unread:
+            raise _Refused(f"cannot be read: {unread}")
+        (arrays,) = read
         for name, found in digests(arrays).items():
             if found != record["digests"][name]:
                 raise _Refused(f"{name} has the digest {found}, not {record['digests'][name]}")
@@ -353,6 +366,12 @@ def _check_shapes(stored: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
         raise _Refused(", ".join(differ[:8]) + (f" and {len(differ) - 8} more" * (len(differ) > 8)))
 
 
+def _orbax() -> ocp.AsyncCheckpointer:
+    # Folders are made before `save` returns: where that fails, nothing is left waiting for them.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
+
+
 class _Refused(Exception):
     """A step that is not taken."""
 
@@ -370,6 +389,15 @@ def _on_first_process(function: Callable[[], None]) -> Exception | None:
     error = _error_of(function) if jax.process_index() == 0 else None
     found = _failure_anywhere(error)
     return error or (_Refused(found) if found else None)
+
+
+def _as_first_process(numbers: list[int]) -> list[int]:
+    """What one process sees on the disk, where a network may show the others something older."""
+    if jax.process_count() == 1:
+        return numbers
+    length = multihost_utils.broadcast_one_to_all(np.int32(len(numbers)))
+    padded = np.resize(np.array(numbers or [0], np.int32), max(int(length), 1))
+    return multihost_utils.broadcast_one_to_all(padded)[: int(length)].tolist()
 
 
 def _failure_anywhere(error: BaseException | None) -> str:
@@ -423,14 +451,20 @@ def _hash_of_list(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """On the disk under its name, or not there."""
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file that is on the disk, whole and under its name, when this returns.
+
+    Args:
+      path: the file, replaced if it exists.
+      content: what other than JSON is in it becomes text.
+    """
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+        json.dump(content, file, indent=2, default=str)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync(path.parent)
 
 
 def _sync(directory: Path) -> None:

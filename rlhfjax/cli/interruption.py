@@ -31,7 +31,8 @@ def interruption() -> Iterator[Callable[[int], bool]]:
 
     def listen(number: int, _: object) -> None:
         told.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

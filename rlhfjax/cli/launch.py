@@ -21,8 +21,8 @@ HOST = "127.0.0.1"
 def launch(command: Sequence[str], *, processes: int, devices: int) -> int:
     """Runs a Python script in several processes that know of one another.
 
-    SIGTERM and SIGINT are handed on. When a process dies the others are left to find out, as they
-    would on machines of their own.
+    SIGTERM and SIGINT are handed on as SIGTERM, at which a run saves. When a process dies the
+    others are left to find out, as they would on machines of their own.
 
     Args:
       command: the script with its arguments.
@@ -37,18 +37,25 @@ def launch(command: Sequence[str], *, processes: int, devices: int) -> int:
         address = f"{HOST}:{free.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, ADDRESS: address, COUNT: str(processes)}
-    running = [
-        subprocess.Popen([sys.executable, *command], env=os.environ | common | {INDEX: str(index)})
-        for index in range(processes)
-    ]
+    running: list[subprocess.Popen[bytes]] = []
 
-    def hand_on(number: int, _: object) -> None:
+    def hand_on(*_: object) -> None:
         for process in running:
-            process.send_signal(number)
+            process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
-    statuses = [process.wait() for process in running]
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for index in range(processes):
+            environment = os.environ | common | {INDEX: str(index)}
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, *command], env=environment, start_new_session=True
+                )
+            )
+        statuses = [process.wait() for process in running]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return next((status for status in statuses if status), 0)
 
 

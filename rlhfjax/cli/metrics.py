@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -41,7 +42,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError) if error else nullcontext():  # which would hide the error
+            self._file.close()
 
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
@@ -49,31 +51,50 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def rewind(self, stage: str, count: int) -> list[dict[str, Any]]:
-        """Takes back what a run wrote after it was last saved, so that it can be written again.
+        """Takes back what a stage wrote after it was last saved, so that it can be written again.
+
+        The lines of the other stages stay, and stages stand in the order in which they began. So
+        does a last line that was broken off not stay.
 
         Args:
           stage: the stage that goes on.
-          count: how many of its lines stay. The file ends before the next one, or before a line
-            that was broken off.
+          count: how many of its lines stay.
 
         Returns:
           the lines that stay, of this stage.
+
+        Raises:
+          ValueError: the stage has fewer lines, or one that is none.
         """
-        rows: list[dict[str, Any]] = []
         if not self.path.is_file():  # such as /dev/null
-            return rows
-        end = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+            return []
+        before = self.path.read_bytes()
+        by_stage: dict[str, list[bytes]] = {stage: []} if not before else {}
+        for number, line in enumerate(before.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
             try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or (row["stage"] == stage and len(rows) == count):
-                break
-            rows += [row] * (row["stage"] == stage)
-            end += len(line)
-        os.truncate(self.path, end)
-        return rows
+                by_stage.setdefault(json.loads(line)["stage"], []).append(line)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}:{number}: not a line of a log, it was altered: mend it, or begin "
+                    "anew in another directory"
+                ) from None
+        own = by_stage.get(stage, [])
+        if len(own) < count:
+            raise ValueError(
+                f"{self.path}: {len(own)} lines of stage {stage!r}, of which {count} steps are "
+                "saved: the log was altered, bring it back or begin anew in another directory"
+            )
+        by_stage[stage] = own[:count]
+        after = b"".join(line for lines in by_stage.values() for line in lines)
+        if after != before:
+            self._file.close()
+            temporary = self.path.with_name(f".{self.path.name}")
+            temporary.write_bytes(after)
+            temporary.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        return [json.loads(line) for line in by_stage[stage]]
 
     def write(
         self, stage: str, step: int, metrics: Mapping[str, ArrayLike]

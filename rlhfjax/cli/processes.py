@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import jax
 
@@ -19,24 +20,26 @@ def join(*, cluster: bool = False, heartbeat_seconds: int = 100) -> None:
       cluster: there are others, and jax asks the cluster who they are (Cloud TPU, SLURM, Open MPI,
         GKE).
       heartbeat_seconds: a process that has not been heard of for so long is dead, and the others
-        end with an error rather than wait for it.
+        end with an error rather than wait for it; so they do when it has failed.
 
     Raises:
       ValueError: only some of the variables are set, or not to numbers.
     """
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
-    if COUNT not in given and INDEX not in given:
-        if cluster:
-            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    # A process that fails waits for the others before it ends, and they for it.
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=heartbeat_seconds,
+    )
+    if cluster:
+        initialize()
+        return
+    if not given:
         return
     if len(given) < 3 or not (given[COUNT].isdecimal() and given[INDEX].isdecimal()):
         raise ValueError(
             f"{ADDRESS}, {COUNT} and {INDEX} belong together, an address and two numbers; "
             f"found {given}: set all of them or none"
         )
-    jax.distributed.initialize(
-        given[ADDRESS],
-        int(given[COUNT]),
-        int(given[INDEX]),
-        heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+    initialize(given[ADDRESS], int(given[COUNT]), int(given[INDEX]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -31,6 +33,7 @@ Row = dict[str, Any]
 Batches = Callable[[Cursor], Iterator[tuple[Any, Cursor]]]
 Step = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 MOST_SKIPPED = 5
+IN_A_ROW = "steps in a row with skipped updates"
 PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax")
 
 
@@ -98,9 +101,10 @@ class Run:
                 "directory"
             )
         if there and told.is_file():
-            stored = json.loads(told.read_bytes())
-            before = stored.pop("versions", {})
-            checkpoint.same_config(self.out, _without(stored, may_change), self.config)
+            stored = _read(told)
+            before = stored.pop("versions", versions())
+            if stored:
+                checkpoint.same_config(self.out, _without(stored, may_change), self.config)
             if before != versions():
                 warnings.warn(
                     f"{self.out} was begun with {before}, this is {versions()}: it goes on, but "
@@ -113,6 +117,7 @@ class Run:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._resources.callback(os.close, _lock(self.out))
             if not there:
                 (self.out / "metrics.jsonl").unlink(missing_ok=True)
             self.write("config.json", dict(config) | {"versions": versions()})
@@ -143,11 +148,7 @@ class Run:
           content: what other than JSON is in it becomes text.
         """
         if self.is_first:
-            path = self.out / name
-            temporary = path.with_name(f".{path.name}")
-            text = json.dumps(content, indent=2, default=str) + "\n"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            checkpoint.write_json(self.out / name, content)
 
     def train(
         self,
@@ -201,11 +202,10 @@ class Run:
             else:
                 done, cursor, state = restored.step, Cursor(**restored.cursor), restored.state
             rows = self.log.rewind(stage, done)
-            skipped, compiled = 0, None
+            skipped = 0 if restored is None else int(restored.metrics.get(IN_A_ROW, 0))
+            compiled = None
             with progress(num_steps, stage, done=done, stream=self._screen) as advance:
-                for batch, behind in batches(cursor):
-                    if done == num_steps:
-                        break
+                for batch, behind in islice(batches(cursor), num_steps - done):
                     state, metrics = step(state, batch)
                     row = self.log.write(stage, first + done, metrics)
                     compiled = self.compilations.count if compiled is None else compiled
@@ -218,11 +218,14 @@ class Run:
                     asked = self._asked_to_stop(self._calls)
                     if asked or done == num_steps or done % save_every == 0:
                         numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+                        numbers[IN_A_ROW] = skipped
                         self.log.sync()
                         checkpoints.save(done, state, cursor=behind._asdict(), metrics=numbers)
                     if asked:
                         checkpoints.wait()
                         raise SystemExit(INTERRUPTED)
+            if done == num_steps:
+                self.log.rewind(stage, num_steps)  # stages in their order, if one went back
         recompilations = self.compilations.count - (compiled or self.compilations.count)
         return Trained(state, rows, recompilations)
 
@@ -232,27 +235,54 @@ class Run:
             why = "no sample of the batch has a finite score: look at the reward"
         elif skipped >= MOST_SKIPPED:
             why = (
-                f"the gradients of {skipped} steps in a row were not finite: lower the learning "
+                f"gradients of {skipped} steps in a row were not finite: lower the learning "
                 "rate, clip the gradients, or look at the batch"
             )
         else:
             return
         dump = self.out / "dump"
-        checkpoint.save(dump / "state", checkpoint.flatten(state))
+        try:
+            self._dump(dump, row, state, batch)
+            where = f"state, batch and metrics are in {dump}"
+        except Exception as error:
+            where = f"state and batch could not be written to {dump}: {error}"
+        raise TrainingError(f"{row['stage']} step {row['step']}: {why}; {where}")
+
+    def _dump(self, folder: Path, row: Row, state: Any, batch: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(folder / "state", checkpoint.flatten(state))
         self.write("dump/row.json", row)
         if self.is_first:
-            arrays = {
-                name: np.asarray(x) for name, x in checkpoint.flatten({"batch": batch}).items()
-            }
-            np.savez(dump / "batch.npz", allow_pickle=False, **arrays)
-        raise TrainingError(
-            f"{row['stage']} step {row['step']}: {why}; state, batch and metrics are in {dump}"
-        )
+            arrays = checkpoint.flatten({"batch": batch})
+            host = {name: np.asarray(x) for name, x in arrays.items()}
+            np.savez(folder / "batch.npz", allow_pickle=False, **host)
 
 
 def _metric(name: str, metrics: Mapping[str, float]) -> float:
     """Where a step has no such number, it is not the best one."""
     return metrics.get(name, -math.inf)
+
+
+def _lock(directory: Path) -> int:
+    """Open as long as the run lasts, so that no other one begins there; a kill ends it too."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise CheckpointError(
+            f"{directory}: another run is at work there; wait for its end, or give another one"
+        ) from None
+    return handle
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What it says, or nothing where it cannot be read: every step has the configuration too."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        warnings.warn(f"{path} was altered and is written anew", stacklevel=5)
+        return {}
 
 
 def _without(config: Any, names: Collection[str]) -> Any:

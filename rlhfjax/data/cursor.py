@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Cursor(NamedTuple):
-    """The next batch to be taken.
+    """The next batch to be taken; with the seed, which is part of a run's configuration, all of it.
 
     Attributes:
       epoch: passes over the data that are done.
@@ -30,8 +30,14 @@ def batches_from(
 
     Yields:
       a batch, and the cursor behind it.
+
+    Raises:
+      ValueError: a pass without a batch.
     """
     for number in count(cursor.epoch):
-        start = cursor.position if number == cursor.epoch else 0
-        for position, batch in enumerate(epoch(number, start), start):
-            yield batch, Cursor(number, position + 1)
+        start = position = cursor.position if number == cursor.epoch else 0
+        for batch in epoch(number, start):
+            position += 1
+            yield batch, Cursor(number, position)
+        if position == 0:
+            raise ValueError(f"epoch {number} has no batches: give more data")

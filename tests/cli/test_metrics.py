@@ -113,18 +113,50 @@ class TestRewind:
 
     @pytest.mark.parametrize(
         ("stage", "count", "left"),
-        [("sft", 2, 5), ("ppo", 3, 5), ("ppo", 1, 3), ("ppo", 0, 2), ("sft", 1, 1), ("dpo", 0, 5)],
+        [
+            ("sft", 2, [0, 1, 2, 3, 4]),
+            ("ppo", 3, [0, 1, 2, 3, 4]),
+            ("ppo", 1, [0, 1, 2]),
+            ("ppo", 0, [0, 1]),
+            ("sft", 1, [0, 2, 3, 4]),
+            ("dpo", 0, [0, 1, 2, 3, 4]),
+        ],
     )
-    def test_what_came_later_is_taken_back(
-        self, path: Path, stage: str, count: int, left: int
+    def test_what_a_stage_wrote_later_is_taken_back(
+        self, path: Path, stage: str, count: int, left: list[int]
     ) -> None:
         before = path.read_bytes().splitlines(keepends=True)
+        kept = [before[number] for number in left]
         with MetricsLog(path) as log:
             rows = log.rewind(stage, count)
-            assert path.read_bytes() == b"".join(before[:left])
+            assert path.read_bytes() == b"".join(kept)
             log.write(stage, 9, {"loss": 1})
-        assert rows == [row for row in map(json.loads, before[:left]) if row["stage"] == stage]
-        assert lines(path)[left:] == [{"stage": stage, "step": 9, "loss": 1.0}]
+        assert rows == [row for row in map(json.loads, kept) if row["stage"] == stage]
+        assert lines(path)[len(kept) :] == [{"stage": stage, "step": 9, "loss": 1.0}]
+
+    def test_stages_stand_in_the_order_in_which_they_began(self, path: Path) -> None:
+        before = path.read_bytes()
+        with MetricsLog(path) as log:
+            log.rewind("sft", 1)
+            log.write("sft", 2, {"loss": 2 / 3})
+            log.rewind("sft", 2)
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"", "0 lines of stage 'ppo', of which 2 steps"),
+            (b'{"stage": "ppo", "step": 0}\n', "1 lines of stage 'ppo'"),
+            (b'{"stage": "ppo", "st\x00p": 0}\n{"stage": "ppo", "step": 1}\n', "jsonl:1: not a"),
+        ],
+    )
+    def test_a_log_that_lost_what_was_saved_is_refused(
+        self, path: Path, content: bytes, said: str
+    ) -> None:
+        path.write_bytes(content)
+        with MetricsLog(path) as log, pytest.raises(ValueError, match=said):
+            log.rewind("ppo", 2)
+        assert path.read_bytes() == content
 
     @pytest.mark.parametrize("torn", ['{"stage": "ppo", "st', '{"stage": "ppo", "step": 3}'])
     def test_so_is_a_line_that_was_broken_off(self, path: Path, torn: str) -> None:

@@ -71,6 +71,28 @@ with open(f"{sys.argv[1]}/{os.environ['JAX_PROCESS_ID']}.json", "w") as file:
         assert self.run(program, tmp_path) == 7
 
 
+FAILS = """
+import jax
+from jax.experimental import multihost_utils
+from rlhfjax.cli import processes
+
+processes.join(heartbeat_seconds=5)
+multihost_utils.sync_global_devices("both are there")
+if jax.process_index() == 0:
+    raise OSError("no space")
+multihost_utils.sync_global_devices("one has failed")
+"""
+
+
+@pytest.mark.slow
+def test_where_one_fails_the_other_ends(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    begin = time.monotonic()
+    assert launch.launch([str(tmp_path / "fails.py")], processes=2, devices=1) != 0
+    # Not a measure of speed: left to itself, jax waits for 300 seconds.
+    assert time.monotonic() - begin < 120
+
+
 def flags(data: Path, out: Path) -> list[str]:
     sizes = ((f"--{a}.{b}", str(x)) for a, of in SIZES.items() for b, x in of.items())
     given = {

@@ -132,6 +132,36 @@ def test_the_best_step_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert kept == {"3", "7", "8"}
 
 
+def test_a_step_that_rots_in_a_finished_stage_costs_nothing_but_time(
+    unbroken: tuple[Path, Trained], tmp_path: Path
+) -> None:
+    train(tmp_path, stages=("one", "two"))
+    (tmp_path / "checkpoints" / "one" / "8" / "record.json").write_text("")
+    with pytest.warns(UserWarning, match="altered; not taken"):
+        again = train(tmp_path, resume=True, stages=("one", "two"))
+    assert again.rows == unbroken[1].rows
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken[0] / "metrics.jsonl").read_bytes()
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    def second() -> None:
+        with pytest.raises(CheckpointError, match="another run is at work there"):
+            train(tmp_path, resume=True)
+
+    train(tmp_path, step=until(3, second))
+
+
+def test_nothing_to_do_is_done(tmp_path: Path) -> None:
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    with Run(tmp_path, CONFIG, mesh=mesh, resume=False) as run:
+        trained = run.train(
+            "one", start, jnp.zeros(NUM_RECORDS, int), step=step,
+            batches=lambda cursor: batches_from(cursor, lambda number, start: iter(())),
+            num_steps=0, save_every=1, show={},
+        )  # fmt: skip
+    assert trained.rows == [] and trained.state["seen"].sum() == 0
+
+
 def test_a_run_that_is_done_is_done(unbroken: tuple[Path, Trained]) -> None:
     def never(state: Any, batch: Any) -> Any:
         raise AssertionError
@@ -230,6 +260,40 @@ def test_a_skipped_update_now_and_then_is_no_reason_to_stop(tmp_path: Path) -> N
         return state, metrics | {"val/num_skipped": int(calls % MOST_SKIPPED > 0)}
 
     assert len(train(tmp_path, step=now_and_then).rows) == NUM_STEPS
+
+
+def test_skipped_steps_are_counted_on_across_a_kill(tmp_path: Path) -> None:
+    calls = 0
+
+    def bad(state: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == MOST_SKIPPED - 1:
+            raise Killed
+        state, metrics = step(state, batch)
+        return state, metrics | {"val/num_skipped": 1}
+
+    with pytest.raises(Killed):
+        train(tmp_path, step=bad, save_every=1)
+    with pytest.raises(TrainingError, match=f"one step {MOST_SKIPPED}:"):
+        train(tmp_path, step=with_metrics(**{"val/num_skipped": 1}), resume=True)
+
+
+def test_a_dump_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "dump").write_text("")
+    with pytest.raises(TrainingError, match=r"no sample .* finite score.*could not be written"):
+        train(tmp_path, step=with_metrics(**{"val/num_scored": 0}))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"seed": 3'])
+def test_a_configuration_that_rots_is_written_anew(tmp_path: Path, content: str) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, step=until(2, kill))
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.warns(UserWarning, match="config.json was altered"):
+        train(tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_a_last_step_that_is_not_saved_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from itertools import islice
 
+import pytest
+
 from rlhfjax.data.cursor import Cursor, batches_from
 
 
@@ -22,3 +24,8 @@ def test_from_every_cursor() -> None:
     for number, (_, cursor) in enumerate(every):
         rest = list(islice(batches_from(Cursor(*cursor), epoch), 8 - number))
         assert rest == every[number + 1 :]
+
+
+def test_data_without_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="epoch 0 has no batches"):
+        next(batches_from(Cursor(), lambda number, start: iter(())))
