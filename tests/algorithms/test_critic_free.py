@@ -156,7 +156,12 @@ def in_python(samples: Rollout) -> np.ndarray:
     )
 
 
+# Those whose programs differ; that of every algorithm is run in test_sweeps.py.
+PROGRAMS = ["reinforce", "remax", "grpo", "dapo"]
+
+
 class TestProgram:
+    @pytest.mark.parametrize("name", PROGRAMS)
     def test_an_iteration_is_two_halves_around_a_reward_in_python(self, name: str) -> None:
         own = ALGORITHMS[name]
         state, metrics = advance(name, start(name))
@@ -179,6 +184,7 @@ class TestProgram:
         assert_same(state.key, jax.random.key(0))
         assert_moved(state.params)
 
+    @pytest.mark.parametrize("name", PROGRAMS)
     def test_it_is_traced_once_for_all_iterations_and_numbers(self, name: str) -> None:
         state, _ = advance(name, start(name))
         count = len(TRACES)
@@ -186,6 +192,7 @@ class TestProgram:
             state, _ = advance(name, state, temperature=temperature)
         assert len(TRACES) == count > 0
 
+    @pytest.mark.parametrize("name", PROGRAMS)
     def test_it_donates_its_state_but_not_the_parameters_it_started_from(self, name: str) -> None:
         state = start(name)
         advance(name, state)
@@ -205,6 +212,7 @@ class TestProgram:
         samples = samples_of(name)
         scores = with_gap(name)
         after, metrics = learn_once(name, samples, scores)
+        assert set(metrics) == SHARED | own.names
 
         measure = partial(critic_free.experience, model=MODEL, group_size=own.group_size)
         batch = own.module.estimate(measure(samples, scores, REF, own.hyper), own.hyper)
