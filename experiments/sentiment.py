@@ -39,7 +39,7 @@ from rlhfjax.algorithms import dpo, grpo, ppo, reward_model, rewards, sft
 from rlhfjax.algorithms.iteration import Reward
 from rlhfjax.cli import memory, processes
 from rlhfjax.cli.plots import curves
-from rlhfjax.cli.run import Run, Trained, versions
+from rlhfjax.cli.run import Run, Trained
 from rlhfjax.cli.samples import write_samples
 from rlhfjax.cli.timing import Clock
 from rlhfjax.data.batches import (
@@ -280,9 +280,9 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
         reward_of = rewards.of_model(scorer, model)
         normalise = jax.jit(partial(normalised, reward_of))
         start = jax.jit(partial(headed, scorer))(policy, keys[1])
-        reward = train_reward(args, scorer, normalise(start, own), splits, codec, run)
-        reward = normalise(reward, own)
         score = jax.jit(partial(scores_of, scorer))
+        reward = train_reward(args, scorer, score, normalise(start, own), splits, codec, run)
+        reward = normalise(reward, own)
         test_scores = score_texts(score, reward, codec, splits["test"], run)
 
     # 5. Learning from the reward model or from the pairs, under a KL penalty.
@@ -341,7 +341,7 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
         "seconds/compile": run.compilations.seconds,
         "seconds/total": clock.total(),
         "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+        "versions": checkpoint.versions(),
     }
     if args.algorithm == "ppo":
         worst = max(row["ppo/first_ratio_error"] for row in trained.rows)
@@ -542,6 +542,7 @@ def preference_batch(pair: PaddedPair, run: Run, *, num_prompt_tokens: int) -> P
 def train_reward(
     args: Args,
     scorer: ScalarModel,
+    score: Callable[..., Array],
     params: Params,
     splits: dict[str, list[LabelledText]],
     codec: Codec,
@@ -557,7 +558,6 @@ def train_reward(
         reward_model.make_step(scorer, optimizer, num_micro_batches=settings.micro_batches)
     )
     labels = [text.label for text in splits["validation"]]
-    score = jax.jit(partial(scores_of, scorer))
 
     @partial(jax.jit, donate_argnums=0)
     def keep_better(state: BestSoFar, accuracy: Array) -> BestSoFar:

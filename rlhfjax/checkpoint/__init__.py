@@ -2,7 +2,14 @@
 
 from rlhfjax.checkpoint.digests import digest, digests, flatten, unflatten
 from rlhfjax.checkpoint.parameters import restore, save
-from rlhfjax.checkpoint.steps import CheckpointError, Checkpoints, Restored, same_config, write_json
+from rlhfjax.checkpoint.steps import (
+    CheckpointError,
+    Checkpoints,
+    Restored,
+    same_config,
+    versions,
+    write_json,
+)
 
 __all__ = [
     "CheckpointError",
@@ -15,5 +22,6 @@ __all__ = [
     "same_config",
     "save",
     "unflatten",
+    "versions",
     "write_json",
 ]

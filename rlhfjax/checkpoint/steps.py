@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -24,8 +25,12 @@ from rlhfjax.checkpoint.digests import digests, flatten, shape_of, unflatten
 
 FORMAT = 1
 ARRAYS, RECORD, FILES = "arrays", "record.json", "files.json"
-BROKEN_OFF = "incomplete, its saving was broken off"
 PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers and the files."""
+    return {name: version(name) for name in PACKAGES}
 
 
 class CheckpointError(Exception):
@@ -153,7 +158,7 @@ class Checkpoints:
             "cursor": dict(cursor),
             "metrics": dict(metrics or {}),
             "config": self.config,
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
         }
         path = self._path(step)
         arrays = flatten(state)
@@ -203,16 +208,18 @@ class Checkpoints:
         """
         self.wait()
         self._refused = {}
+        broken_off = 0
         found = _as_first_process(self._numbers())
         for step in reversed(found):
             try:
                 restored = self._restore(step, like)
             except _Refused as refusal:
                 self._refused[step] = str(refusal)
+                broken_off += isinstance(refusal, _BrokenOff)
                 warnings.warn(f"{self._path(step)}: {refusal}; not taken", stacklevel=2)
             else:
                 return restored._replace(refused=dict(self._refused))
-        if all(reason == BROKEN_OFF for reason in self._refused.values()):
+        if broken_off == len(found):
             return None
         reasons = "; ".join(f"step {step}: {why}" for step, why in self._refused.items())
         raise CheckpointError(
@@ -233,8 +240,8 @@ class Checkpoints:
         if not (path / FILES).exists():
             shutil.rmtree(path, ignore_errors=True)
         elif path.exists():
-            number = len(list(self.directory.glob(f"{path.name}.refused*")))
-            path.rename(path.with_name(f"{path.name}.refused{number or ''}"))
+            names = (path.with_name(f"{path.name}.refused{number or ''}") for number in count())
+            path.rename(next(name for name in names if not name.exists()))
         path.mkdir()
 
     def _finish(self, path: Path, record: dict[str, Any], failed: Exception | None) -> None:
@@ -277,9 +284,12 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Any) -> Restored:
         path = self._path(step)
+        whole = _as_first_process([int((path / FILES).exists())])
+        if whole == [0]:
+            raise _BrokenOff("incomplete, its saving was broken off")
         refusal = _on_first_process(lambda: _check_files(path))
         if refusal is not None:
-            raise _Refused(str(refusal))
+            raise _Refused(_reason(refusal))
         records: list[dict[str, Any]] = []
         unread = _failure_anywhere(_error_of(lambda: records.append(self._record(step))))
         if unread:
@@ -376,6 +386,10 @@ class _Refused(Exception):
     """A step that is not taken."""
 
 
+class _BrokenOff(_Refused):
+    """A step that was never saved to its end."""
+
+
 def _error_of(function: Callable[[], Any]) -> Exception | None:
     try:
         function()
@@ -416,8 +430,6 @@ def _failure_anywhere(error: BaseException | None) -> str:
 def _check_files(path: Path) -> None:
     try:
         listed = json.loads((path / FILES).read_bytes())
-    except FileNotFoundError:
-        raise _Refused(BROKEN_OFF) from None
     except (OSError, ValueError) as error:
         raise _Refused(f"{FILES} cannot be read: {_reason(error)}") from None
     if not isinstance(listed, dict) or listed.pop("all", None) != _hash_of_list(listed):

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhfjax import checkpoint, sharding
-from rlhfjax.checkpoint import CheckpointError, Checkpoints
+from rlhfjax.checkpoint import CheckpointError, Checkpoints, versions
 from rlhfjax.cli.interruption import INTERRUPTED, interruption
 from rlhfjax.cli.metrics import MetricsLog
 from rlhfjax.cli.progress import progress
@@ -34,7 +33,6 @@ Batches = Callable[[Cursor], Iterator[tuple[Any, Cursor]]]
 Step = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 MOST_SKIPPED = 5
 IN_A_ROW = "steps in a row with skipped updates"
-PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax")
 
 
 class TrainingError(Exception):
@@ -290,8 +288,3 @@ def _without(config: Any, names: Collection[str]) -> Any:
     if not isinstance(config, dict):
         return config
     return {name: _without(x, names) for name, x in config.items() if name not in names}
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    return {name: version(name) for name in PACKAGES}

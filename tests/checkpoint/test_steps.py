@@ -223,6 +223,16 @@ class TestRefused:
         assert {p.name for p in folder.iterdir()} == {"2", "3", "3.refused"}
         assert_is(restored(folder), 3)
 
+    def test_and_takes_the_first_name_that_is_free(self, folder: Path) -> None:
+        for name in ("3.refused", "3.refused2"):
+            (folder / name).mkdir()
+        (folder / "3" / "record.json").write_text("")
+        with Checkpoints(folder, config=CONFIG, keep=9) as checkpoints:
+            with pytest.warns(UserWarning, match="not taken"):
+                checkpoints.restore(state_at(0))
+            checkpoints.save(3, state_at(3), cursor={})
+        assert (folder / "3.refused1" / "record.json").read_text() == ""
+
     @staticmethod
     def sign(step: Path) -> None:
         """Writes the list of files anew, as somebody who means harm would."""

@@ -173,11 +173,10 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
         assert process.wait(300) == 0, (tmp_path / "output").read_text(errors="replace")
     found = rows(two)
     assert [(r["stage"], r["step"]) for r in found] == [(r["stage"], r["step"]) for r in wanted]
-    first = [next(r for r in rows if r["stage"] == "ppo") for rows in (found, wanted)]
-    for name, value in first[1].items():
-        if isinstance(value, float):
-            assert abs(first[0][name] - value) < 1e-4, name
-    summaries = [json.loads((out / "summary.json").read_text()) for out in (two, one)]
-    assert abs(summaries[0]["objective/kl"] - summaries[1]["objective/kl"]) < 0.05
+    # A KL of such a run is of the order of 0.01, a score of 1: 1e-4 tells another run.
+    for row, other in zip(found, wanted, strict=True):
+        for name, value in other.items():
+            if isinstance(value, float):
+                assert abs(row[name] - value) < 1e-4, (row["stage"], row["step"], name)
     # Not a measure of speed: without the heartbeat it would wait for minutes.
     assert survived < 6 * HEARTBEAT
