@@ -21,7 +21,7 @@ from rlhfjax import kl, masked, rollout, sampling, sharding
 from rlhfjax.algorithms import checks, iteration
 from rlhfjax.algorithms.iteration import Metrics, State
 from rlhfjax.algorithms.micro_batches import in_micro_batches, of_whole_batch
-from rlhfjax.algorithms.train_state import descend
+from rlhfjax.algorithms.train_state import descend, over_updates
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.types import LanguageModel, Loss, Params, Rollout
 
@@ -227,8 +227,8 @@ def learn(
       sampled: which rows the policy sampled; the `objective/…` metrics are of these.
 
     Returns:
-      the next state and the metrics: `objective/…` of the samples, means over the updates of the
-      others; `val/first_ratio_error`, the largest |π/π_old - 1| before the first update; and
+      the next state and the metrics: `objective/…` of the samples, means over the updates made of
+      the others; `val/first_ratio_error`, the largest |π/π_old - 1| before the first update; and
       `val/num_skipped`, how many updates were left out because a gradient was not finite.
 
     Raises:
@@ -275,8 +275,7 @@ def learn(
         num_minibatches=config.num_minibatches,
     )
     metrics["val/first_ratio_error"] = measured.pop("ratio_error")[0]
-    metrics["val/num_skipped"] = measured.pop("val/num_skipped").sum()
-    metrics |= {name: x.mean() for name, x in measured.items()}
+    metrics |= over_updates(measured)
     num_skipped = state.num_skipped + metrics["val/num_skipped"]
     return State(params, opt_state, state.key, state.step + 1, num_skipped), metrics
 

@@ -20,7 +20,7 @@ from rlhfjax import advantages, kl, masked, rollout, sampling, sharding
 from rlhfjax.algorithms import checks, iteration
 from rlhfjax.algorithms.iteration import Metrics
 from rlhfjax.algorithms.micro_batches import in_micro_batches, of_whole_batch
-from rlhfjax.algorithms.train_state import descend
+from rlhfjax.algorithms.train_state import descend, over_updates
 from rlhfjax.log_probs import response_inputs, response_log_probs, token_log_probs_and_entropy
 from rlhfjax.losses import policy, value
 from rlhfjax.models.actor_critic import ActorCritic
@@ -322,7 +322,7 @@ def learn(
       config: epochs, minibatches, tokens.
 
     Returns:
-      the next state and the metrics of the iteration: means over its updates;
+      the next state and the metrics of the iteration: means over the updates made;
       `ppo/first_ratio_error`, the largest |ratio - 1| before the first of them; and
       `val/num_skipped`, how many were left out because a gradient was not finite. β stays where
       no sample has a score, or the divergence is not a number.
@@ -355,9 +355,8 @@ def learn(
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
     )
-    ratio_error, num_skipped = measured.pop("ratio_error"), measured.pop("val/num_skipped").sum()
-    metrics |= {name: x.mean() for name, x in measured.items()}
-    metrics |= {"ppo/first_ratio_error": ratio_error[0], "val/num_skipped": num_skipped}
+    metrics["ppo/first_ratio_error"] = measured.pop("ratio_error")[0]
+    metrics |= over_updates(measured)
     if config.end_token is not None:
         ended = (samples.responses == config.end_token) & data.rollout.response_mask
         metrics["val/num_eos_tokens"] = ended.sum()
@@ -369,7 +368,7 @@ def learn(
         num_samples=metrics["val/num_scored"],
     )
     kl_coef = jnp.where(jnp.isnan(kl_coef), state.kl_coef, kl_coef)
-    num_skipped += state.num_skipped
+    num_skipped = state.num_skipped + metrics["val/num_skipped"]
     return State(params, opt_state, state.key, state.step + 1, num_skipped, kl_coef), metrics
 
 

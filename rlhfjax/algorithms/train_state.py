@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import sharding
+from rlhfjax import masked, sharding
 from rlhfjax.types import Params
 
 
@@ -127,7 +127,7 @@ def descend(
 
     Returns:
       parameters, optimiser's state, and the metrics of every update, [updates] each; with
-      `val/num_skipped`, 1 where a gradient was not finite.
+      `made`, whether there was one, and `val/num_skipped`, 1 where a gradient was not finite.
 
     Raises:
       ValueError: the minibatches do not divide the rows.
@@ -145,13 +145,28 @@ def descend(
         params, opt_state = carry
         minibatch = sharding.split_rows(jax.tree.map(lambda x: x[rows], data))
         grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
-        params, opt_state, finite = update(
-            params, opt_state, grads, wanted(minibatch), optimizer=optimizer
-        )
-        return (params, opt_state), metrics | {"val/num_skipped": (~finite).astype(jnp.int32)}
+        teaches = jnp.asarray(wanted(minibatch))
+        params, opt_state, finite = update(params, opt_state, grads, teaches, optimizer=optimizer)
+        counted = {"made": finite & teaches, "val/num_skipped": (~finite).astype(jnp.int32)}
+        return (params, opt_state), metrics | counted
 
     epoch_keys = jax.random.split(key, num_epochs)
     rows = jax.vmap(lambda key: jax.random.permutation(key, num_rows))(epoch_keys)
     rows = rows.reshape(-1, num_rows // num_minibatches)
     (params, opt_state), metrics = jax.lax.scan(advance, (params, opt_state), rows)
     return params, opt_state, metrics
+
+
+def over_updates(measured: dict[str, Array]) -> dict[str, Array]:
+    """What `descend` measured as one number each: means over the updates that were made.
+
+    Args:
+      measured: [updates] each.
+
+    Returns:
+      [] each, 0 where no update was made; `val/num_skipped` is the sum.
+    """
+    measured = dict(measured)
+    made, num_skipped = measured.pop("made"), measured.pop("val/num_skipped").sum()
+    means = {name: masked.mean(x, made) for name, x in measured.items()}
+    return means | {"val/num_skipped": num_skipped}

@@ -1,6 +1,7 @@
 """Arrays on disk, in Orbax's format: parameters, and runs that can be broken off and go on."""
 
 from rlhfjax.checkpoint.digests import digest, digests, flatten, unflatten
+from rlhfjax.checkpoint.files import write_json
 from rlhfjax.checkpoint.parameters import restore, save
 from rlhfjax.checkpoint.steps import (
     CheckpointError,
@@ -8,7 +9,6 @@ from rlhfjax.checkpoint.steps import (
     Restored,
     same_config,
     versions,
-    write_json,
 )
 
 __all__ = [

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from rlhfjax.checkpoint import files, together
 from rlhfjax.checkpoint.digests import digests, flatten, shape_of, unflatten
+from rlhfjax.checkpoint.files import FILES, Refused, reason
+from rlhfjax.checkpoint.together import error_of, failure_anywhere
 
 FORMAT = 1
-ARRAYS, RECORD, FILES = "arrays", "record.json", "files.json"
-PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+ARRAYS, RECORD = "arrays", "record.json"
+PACKAGES = (
+    "rlhfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers",
+    "scikit-learn",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers and the files."""
-    return {name: version(name) for name in PACKAGES}
+    """Of the packages that decide the numbers and the files, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 class CheckpointError(Exception):
@@ -101,6 +109,7 @@ class Checkpoints:
         self._orbax = _orbax()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
+        self._num_saves = 0
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +139,7 @@ class Checkpoints:
         *,
         cursor: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
         """Begins to save a step and returns as soon as the state may be changed.
 
@@ -141,6 +151,8 @@ class Checkpoints:
           state: any tree of arrays.
           cursor: where the data goes on, as JSON.
           metrics: numbers that `best` may look at.
+          after: what the step must not be saved without, called by the first process; where it
+            fails, so does the save.
 
         Raises:
           ValueError: the step is saved already.
@@ -162,12 +174,14 @@ class Checkpoints:
         }
         path = self._path(step)
         arrays = flatten(state)
-        failed = _on_first_process(lambda: self._make_room(path))
+        failed = together.on_first(lambda: self._make_room(path, after))
         if failed is None:
-            failed = _error_of(
+            failed = error_of(
                 lambda: self._orbax.save(path / ARRAYS, args=ocp.args.StandardSave(arrays))
             )
-        self._saving = step, self._background.submit(self._finish, path, record, failed)
+        self._num_saves += 1
+        key = f"{self.directory}:{self._num_saves}"
+        self._saving = step, self._background.submit(self._finish, path, record, key, failed)
 
     def wait(self) -> None:
         """Returns when the last step is saved.
@@ -179,18 +193,24 @@ class Checkpoints:
             return
         (step, saving), self._saving = self._saving, None
         error = saving.exception()
-        reason = _failure_anywhere(error)
-        if reason:
+        why = failure_anywhere(error)
+        if why:
             self._orbax = _orbax()
             if jax.process_index() == 0 and not (self._path(step) / FILES).exists():
                 shutil.rmtree(self._path(step), ignore_errors=True)
             last = self.steps()[-1:]
             raise CheckpointError(
-                f"{self.directory}: step {step} was not saved: {reason}; "
+                f"{self.directory}: step {step} was not saved: {why}; "
                 + (f"the last step saved is {last[0]}" if last else "no step is saved")
             ) from error
 
-    def restore(self, like: Any) -> Restored | None:
+    def best_step(self) -> int | None:
+        """The saved step where `best` is greatest; None without `best`, or without a step."""
+        if self.best is None:
+            return None
+        return max(self.steps(), key=partial(self._goodness, self.best), default=None)
+
+    def restore(self, like: Any, *, step: int | None = None) -> Restored | None:
         """The newest step that is as it was saved, to the last bit.
 
         A later one that is incomplete, altered or of other arrays is refused, with a warning that
@@ -199,33 +219,37 @@ class Checkpoints:
         Args:
           like: the state's structure, of arrays or of `jax.ShapeDtypeStruct`; its shardings are
             where the arrays go, whatever mesh they were saved from.
+          step: this one and no other, such as `best_step()`.
 
         Returns:
           the step, or None where none was ever saved to its end.
 
         Raises:
-          CheckpointError: there are steps and all of them are refused, or they are another run's.
+          CheckpointError: there are steps and all of them are refused, or they are another run's;
+            there is no such step.
         """
         self.wait()
         self._refused = {}
         broken_off = 0
-        found = _as_first_process(self._numbers())
-        for step in reversed(found):
+        found = together.as_first(self._numbers())
+        if step is not None:
+            if step not in found:
+                raise CheckpointError(f"{self.directory}: there is no step {step}, only {found}")
+            found = [step]
+        for number in reversed(found):
             try:
-                restored = self._restore(step, like)
-            except _Refused as refusal:
-                self._refused[step] = str(refusal)
+                restored = self._restore(number, like)
+            except Refused as refusal:
+                self._refused[number] = str(refusal)
                 broken_off += isinstance(refusal, _BrokenOff)
-                warnings.warn(f"{self._path(step)}: {refusal}; not taken", stacklevel=2)
+                warnings.warn(f"{self._path(number)}: {refusal}; not taken", stacklevel=2)
             else:
                 return restored._replace(refused=dict(self._refused))
-        if broken_off == len(found):
+        if step is None and broken_off == len(found):
             return None
-        reasons = "; ".join(f"step {step}: {why}" for step, why in self._refused.items())
-        raise CheckpointError(
-            f"{self.directory}: none of its steps can be taken: {reasons}; "
-            "move the directory away to begin anew"
-        )
+        reasons = "; ".join(f"step {number}: {why}" for number, why in self._refused.items())
+        advice = "move the directory away to begin anew" if step is None else "take another one"
+        raise CheckpointError(f"{self.directory}: nothing can be taken: {reasons}; {advice}")
 
     def _numbers(self) -> list[int]:
         """Of all folders of steps; of none, where the directory is gone."""
@@ -235,8 +259,10 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
-    def _make_room(self, path: Path) -> None:
+    def _make_room(self, path: Path, after: Callable[[], None] | None) -> None:
         """A step that was refused keeps its files under another name; half a step goes."""
+        if after is not None:
+            after()
         if not (path / FILES).exists():
             shutil.rmtree(path, ignore_errors=True)
         elif path.exists():
@@ -244,38 +270,41 @@ class Checkpoints:
             path.rename(next(name for name in names if not name.exists()))
         path.mkdir()
 
-    def _finish(self, path: Path, record: dict[str, Any], failed: Exception | None) -> None:
+    def _finish(
+        self, path: Path, record: dict[str, Any], key: str, failed: Exception | None
+    ) -> None:
         if failed is not None:
             raise failed
+        if jax.process_index() == 0:
+            files.write_json(path / RECORD, record)
         self._orbax.wait_until_finished()
+        hashes = together.merged_on_first(
+            lambda: files.hashes(path, files.names(path)[together.own_part()]), key
+        )
         if jax.process_index() != 0:
             return
-        write_json(path / RECORD, record)
-        hashes = _hashes(path)
-        for folder in (self.directory, path, *(p for p in path.rglob("*") if p.is_dir())):
-            _sync(folder)
-        write_json(path / FILES, hashes)
+        files.seal(path, hashes)
         self._refused.pop(record["step"], None)
-        error = _error_of(self._prune)
+        error = error_of(self._prune)
         if error is not None:
             warnings.warn(
-                f"{self.directory}: old steps are still there: {_reason(error)}", stacklevel=2
+                f"{self.directory}: old steps are still there: {reason(error)}", stacklevel=2
             )
 
     def _prune(self) -> None:
         saved = self.steps()
         kept = set(saved[-self.keep :])
-        if self.best is not None:
-            kept.add(max(saved, key=self._goodness))
+        best = self.best_step()
+        if best is not None:
+            kept.add(best)
         for step in set(self._numbers()) - kept - self._refused.keys():
             # Without its list of files a step is none, should the rest of this not be reached.
             (self._path(step) / FILES).unlink(missing_ok=True)
             shutil.rmtree(self._path(step), ignore_errors=True)
 
-    def _goodness(self, step: int) -> float:
-        assert self.best is not None
+    def _goodness(self, best: Callable[[dict[str, float]], float], step: int) -> float:
         try:
-            return self.best(self._record(step)["metrics"])
+            return best(self._record(step)["metrics"])
         except (OSError, ValueError):  # altered, which is for `restore` to say
             return -math.inf
 
@@ -284,19 +313,19 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Any) -> Restored:
         path = self._path(step)
-        whole = _as_first_process([int((path / FILES).exists())])
+        whole = together.as_first([int((path / FILES).exists())])
         if whole == [0]:
             raise _BrokenOff("incomplete, its saving was broken off")
-        refusal = _on_first_process(lambda: _check_files(path))
-        if refusal is not None:
-            raise _Refused(_reason(refusal))
+        altered = failure_anywhere(error_of(lambda: files.check(path, together.own_part())))
+        if altered:
+            raise Refused(altered)
         records: list[dict[str, Any]] = []
-        unread = _failure_anywhere(_error_of(lambda: records.append(self._record(step))))
+        unread = failure_anywhere(error_of(lambda: records.append(self._record(step))))
         if unread:
-            raise _Refused(f"{RECORD} cannot be read: {unread}")
+            raise Refused(f"{RECORD} cannot be read: {unread}")
         (record,) = records
         if record.get("format") != FORMAT:
-            raise _Refused(
+            raise Refused(
                 f"format {record.get('format')}, this version reads {FORMAT}: restore it with "
                 f"rlhfjax {record.get('versions', {}).get('rlhfjax', 'of an older version')}"
             )
@@ -308,19 +337,19 @@ class Checkpoints:
             wanted,
         )
         read: list[dict[str, Any]] = []
-        unread = _failure_anywhere(
-            _error_of(
+        unread = failure_anywhere(
+            error_of(
                 lambda: read.append(
                     self._orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(abstract))
                 )
             )
         )
         if unread:
-            raise _Refused(f"cannot be read: {unread}")
+            raise Refused(f"cannot be read: {unread}")
         (arrays,) = read
         for name, found in digests(arrays).items():
             if found != record["digests"][name]:
-                raise _Refused(f"{name} has the digest {found}, not {record['digests'][name]}")
+                raise Refused(f"{name} has the digest {found}, not {record['digests'][name]}")
         return Restored(
             step,
             unflatten(arrays, like),
@@ -373,7 +402,7 @@ def _check_shapes(stored: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
         if there.get(name) != here.get(name)
     ]
     if differ:
-        raise _Refused(", ".join(differ[:8]) + (f" and {len(differ) - 8} more" * (len(differ) > 8)))
+        raise Refused(", ".join(differ[:8]) + (f" and {len(differ) - 8} more" * (len(differ) > 8)))
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
@@ -382,111 +411,5 @@ def _orbax() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
 
 
-class _Refused(Exception):
-    """A step that is not taken."""
-
-
-class _BrokenOff(_Refused):
+class _BrokenOff(Refused):
     """A step that was never saved to its end."""
-
-
-def _error_of(function: Callable[[], Any]) -> Exception | None:
-    try:
-        function()
-    except Exception as error:
-        return error
-    return None
-
-
-def _on_first_process(function: Callable[[], None]) -> Exception | None:
-    """The error of what one process does for all of them, in all of them."""
-    error = _error_of(function) if jax.process_index() == 0 else None
-    found = _failure_anywhere(error)
-    return error or (_Refused(found) if found else None)
-
-
-def _as_first_process(numbers: list[int]) -> list[int]:
-    """What one process sees on the disk, where a network may show the others something older."""
-    if jax.process_count() == 1:
-        return numbers
-    length = multihost_utils.broadcast_one_to_all(np.int32(len(numbers)))
-    padded = np.resize(np.array(numbers or [0], np.int32), max(int(length), 1))
-    return multihost_utils.broadcast_one_to_all(padded)[: int(length)].tolist()
-
-
-def _failure_anywhere(error: BaseException | None) -> str:
-    """Why the first process failed that did, "" where none did: the same answer in all of them."""
-    reason = "" if error is None else _reason(error)
-    if jax.process_count() == 1:
-        return reason
-    text = np.frombuffer(reason.encode()[:500].ljust(500), np.uint8)
-    reasons = (
-        bytes(row).decode(errors="replace").strip()
-        for row in multihost_utils.process_allgather(text)
-    )
-    return next(filter(None, reasons), "")
-
-
-def _check_files(path: Path) -> None:
-    try:
-        listed = json.loads((path / FILES).read_bytes())
-    except (OSError, ValueError) as error:
-        raise _Refused(f"{FILES} cannot be read: {_reason(error)}") from None
-    if not isinstance(listed, dict) or listed.pop("all", None) != _hash_of_list(listed):
-        raise _Refused(f"{FILES} was altered")
-    found = _hashes(path)
-    for name in sorted(listed.keys() | found.keys() - {"all"}):
-        if name not in found:
-            raise _Refused(f"{name} is missing")
-        if name not in listed:
-            raise _Refused(f"{name} does not belong to it")
-        if found[name] != listed[name]:
-            raise _Refused(f"{name} was altered")
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a step, each of them on the disk, and of their list."""
-
-    def hash_of(name: str) -> str:
-        with (path / name).open("rb") as file:
-            os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-    names = [name for name in names if name != FILES]
-    with ThreadPoolExecutor() as pool:
-        hashes = dict(zip(names, pool.map(hash_of, names), strict=True))
-    return hashes | {"all": _hash_of_list(hashes)}
-
-
-def _hash_of_list(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file that is on the disk, whole and under its name, when this returns.
-
-    Args:
-      path: the file, replaced if it exists.
-      content: what other than JSON is in it becomes text.
-    """
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, _Refused):
-        return str(error)
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -3,17 +3,20 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
 RESERVED = ("stage", "step")
+NEWLINE = b"\n"
 
 
 class MetricsLog:
@@ -22,7 +25,7 @@ class MetricsLog:
     The file and its folder are made if they are missing; lines of an earlier run are kept, so
     that a continued run continues its log. A number that is not finite is written as `null`,
     since JSON has no other way to say it. Each line is on its way to the disk when `write`
-    returns.
+    returns; where there is no room it waits, with a warning, and comes before the next one.
 
         with MetricsLog(out / "metrics.jsonl") as log:
             log.write("ppo", 0, {"objective/kl": kl})
@@ -33,7 +36,8 @@ class MetricsLog:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._file = FileIO(self.path, "ab")
+        self._waiting = b""
         return self
 
     def __exit__(
@@ -42,13 +46,29 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(OSError) if error else nullcontext():  # which would hide the error
-            self._file.close()
+        with suppress(OSError) if error else nullcontext(), self._file:  # would hide the error
+            self._write()
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk."""
+        """Returns when all lines are on the disk.
+
+        Raises:
+          OSError: some cannot be written, as where the disk is full.
+        """
+        self._write()
         if self.path.is_file():
             os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {self._waiting.count(NEWLINE)} lines wait; make room",
+                str(self.path),
+            ) from error
 
     def rewind(self, stage: str, count: int) -> list[dict[str, Any]]:
         """Takes back what a stage wrote after it was last saved, so that it can be written again.
@@ -89,11 +109,11 @@ class MetricsLog:
         by_stage[stage] = own[:count]
         after = b"".join(line for lines in by_stage.values() for line in lines)
         if after != before:
-            self._file.close()
             temporary = self.path.with_name(f".{self.path.name}")
             temporary.write_bytes(after)
+            self._file.close()
             temporary.replace(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = FileIO(self.path, "ab")
         return [json.loads(line) for line in by_stage[stage]]
 
     def write(
@@ -110,7 +130,6 @@ class MetricsLog:
           The line as a dictionary, numbers as Python floats, None for those not finite.
 
         Raises:
-          OSError: the line cannot be written, as where the disk is full.
           ValueError: a metric named "stage" or "step", or one of more than one element.
         """
         row: dict[str, str | int | float | None] = {"stage": stage, "step": int(step)}
@@ -123,11 +142,9 @@ class MetricsLog:
                 )
             number = float(np.asarray(value, dtype=np.float64).item())
             row[name] = number if math.isfinite(number) else None
+        self._waiting += json.dumps(row, allow_nan=False).encode() + NEWLINE
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            self._write()
         except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror}; make room, and resume the run", str(self.path)
-            ) from error
+            warnings.warn(f"{error}; training goes on", stacklevel=2)
         return row

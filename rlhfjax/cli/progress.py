@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tqdm import tqdm
@@ -64,7 +64,8 @@ def progress(
             bar.n == total or time.monotonic() - shown_at >= SECONDS_BETWEEN_LINES
         ):
             shown_at = time.monotonic()
-            print(bar, file=out, flush=True)
+            with suppress(OSError):  # a screen that is a file on a full disk
+                print(bar, file=out, flush=True)
 
     with bar:
         yield advance

@@ -92,7 +92,10 @@ class Run:
 
     def _open(self, config: Mapping[str, Any], may_change: Collection[str], resume: bool) -> None:
         checkpoints, told = self.out / "checkpoints", self.out / "config.json"
-        there = checkpoints.is_dir() and any(checkpoints.iterdir())
+        log = self.out / "metrics.jsonl"
+        there = (checkpoints.is_dir() and any(checkpoints.iterdir())) or (
+            log.is_file() and log.stat().st_size > 0
+        )
         if there and not resume:
             raise CheckpointError(
                 f"{self.out} holds a run: go on with it (--resume), move it away, or give another "
@@ -116,8 +119,6 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._resources.callback(os.close, _lock(self.out))
-            if not there:
-                (self.out / "metrics.jsonl").unlink(missing_ok=True)
             self.write("config.json", dict(config) | {"versions": versions()})
         except OSError as error:
             raise CheckpointError(
@@ -136,7 +137,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._resources.close()
+        self._resources.__exit__(kind, error, trace)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file into the directory, all of it or none; the first process does.
@@ -217,13 +218,18 @@ class Run:
                     if asked or done == num_steps or done % save_every == 0:
                         numbers = {name: x for name, x in row.items() if isinstance(x, float)}
                         numbers[IN_A_ROW] = skipped
-                        self.log.sync()
-                        checkpoints.save(done, state, cursor=behind._asdict(), metrics=numbers)
+                        checkpoints.save(
+                            done,
+                            state,
+                            cursor=behind._asdict(),
+                            metrics=numbers,
+                            after=self.log.sync,
+                        )
                     if asked:
                         checkpoints.wait()
                         raise SystemExit(INTERRUPTED)
-            if done == num_steps:
-                self.log.rewind(stage, num_steps)  # stages in their order, if one went back
+        if done == num_steps:
+            self.log.rewind(stage, num_steps)  # stages in their order, if one went back
         recompilations = self.compilations.count - (compiled or self.compilations.count)
         return Trained(state, rows, recompilations)
 

@@ -114,8 +114,17 @@ def test_in_the_midst_of_others_an_update_is_as_if_it_were_not_there(bad: float)
     for member in range(3):
         expected = by_hand(order[member], left_out[member])
         assert (params[member], trace.trace[member]) == expected
+        made = order[member][~left_out[member]]
+        of_member = {name: x[member] for name, x in metrics.items()}
+        assert train_state.over_updates(of_member)["x"] == np.float32(made.mean())
     # What teaches nothing is no fault.
     np.testing.assert_array_equal(metrics["val/num_skipped"], [left_out[0], left_out[1], [0] * 10])
+
+
+def test_a_mean_over_no_update_is_zero() -> None:
+    measured = {"x": jnp.full(3, jnp.nan), "made": jnp.zeros(3, bool)}
+    metrics = train_state.over_updates(measured | {"val/num_skipped": jnp.ones(3, int)})
+    assert metrics == {"x": 0.0, "val/num_skipped": 3}
 
 
 V, N, P, T, MARK = 7, 4, 3, 4, 6

@@ -18,7 +18,7 @@ import pytest
 
 from rlhfjax import checkpoint
 from rlhfjax.algorithms import ppo
-from rlhfjax.checkpoint import CheckpointError, Checkpoints
+from rlhfjax.checkpoint import CheckpointError, Checkpoints, files
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"seed": 1, "model": {"width": 16}}
@@ -125,6 +125,39 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.wait()
         assert checkpoints.steps() == [1, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "4"}
+
+
+def test_a_step_of_choice_comes_back(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, config=CONFIG, keep=1, best=lambda m: m["score"]) as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, score in enumerate([0.1, 0.9, 0.3]):
+            at = {"epoch": 0, "position": step}
+            checkpoints.save(step, state_at(step), cursor=at, metrics={"score": score})
+        checkpoints.wait()
+        assert checkpoints.best_step() == 1
+        found = checkpoints.restore(state_at(0), step=checkpoints.best_step())
+        assert found is not None
+        assert_is(found, 1)
+        assert found.metrics == {"score": 0.9}
+        with pytest.raises(CheckpointError, match=r"there is no step 0, only \[1, 2\]"):
+            checkpoints.restore(state_at(0), step=0)
+        (tmp_path / "1" / "record.json").write_text("")
+        with (
+            pytest.warns(UserWarning, match="not taken"),
+            pytest.raises(CheckpointError, match=r"step 1: record.json was altered; take"),
+        ):
+            checkpoints.restore(state_at(0), step=1)
+
+
+def test_what_must_come_first_comes_first(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise OSError("no room for the log")
+
+    with Checkpoints(tmp_path, config={}) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(1)}, cursor={}, after=fails)
+        with pytest.raises(CheckpointError, match="step 1 was not saved: OSError: no room for the"):
+            checkpoints.wait()
+        assert checkpoints.steps() == []
 
 
 class TestRefused:
@@ -236,9 +269,7 @@ class TestRefused:
     @staticmethod
     def sign(step: Path) -> None:
         """Writes the list of files anew, as somebody who means harm would."""
-        from rlhfjax.checkpoint import steps
-
-        (step / "files.json").write_text(json.dumps(steps._hashes(step)))
+        files.seal(step, files.hashes(step, files.names(step)))
 
 
 def run(program: str, *wrapper: str, **env: str) -> subprocess.CompletedProcess[str]:

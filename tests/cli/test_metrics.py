@@ -4,6 +4,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_disk import largest_file
 
 from rlhfjax.cli.metrics import MetricsLog
 
@@ -83,6 +84,32 @@ def test_lines_before_an_error_stay_and_the_error_goes_on(tmp_path: Path) -> Non
         log.write("a", 0, {"x": 1.0})
         raise RuntimeError("stop")
     assert len(lines(path)) == 1
+
+
+def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write("a", 0, {})
+        with largest_file(path.stat().st_size + 5):  # a part of the next line
+            for number in (1, 2):
+                with pytest.warns(UserWarning, match=f"{number} lines wait; .*training goes on"):
+                    log.write("a", number, {})
+            with pytest.raises(OSError, match="2 lines wait; make room"):
+                log.sync()
+        log.write("a", 3, {})
+        log.sync()
+        assert [row["step"] for row in lines(path)] == [0, 1, 2, 3]
+
+
+def test_lines_that_never_found_room_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with (
+        largest_file(0),
+        pytest.raises(OSError, match="1 lines wait"),
+        pytest.warns(UserWarning, match="training goes on"),
+        MetricsLog(path) as log,
+    ):
+        log.write("a", 0, {})
 
 
 @pytest.mark.parametrize(

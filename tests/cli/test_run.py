@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_disk import largest_file
 
 from rlhfjax import checkpoint, sharding
 from rlhfjax.algorithms import train_state
@@ -78,7 +82,10 @@ class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
 
-def until(number: int, what: Callable[[], None]) -> Callable[..., Any]:
+def until(
+    number: int, what: Callable[[], None], step: Callable[..., Any] = step
+) -> Callable[..., Any]:
+    """A step that does something else first when it is called for the n-th time."""
     calls = 0
 
     def broken(state: Any, batch: Any) -> Any:
@@ -294,6 +301,48 @@ def test_a_configuration_that_rots_is_written_anew(tmp_path: Path, content: str)
     with pytest.warns(UserWarning, match="config.json was altered"):
         train(tmp_path, resume=True)
     assert (tmp_path / "config.json").read_text() == before
+
+
+class TestNoRoomForTheLog:
+    @pytest.fixture
+    def full(self) -> Iterator[ExitStack]:
+        with warnings.catch_warnings(record=True) as self.told, ExitStack() as full:
+            warnings.simplefilter("always")
+            yield full
+
+    @staticmethod
+    def fill(full: ExitStack, out: Path) -> None:
+        while not (out / "checkpoints" / "one" / "3" / "files.json").exists():
+            time.sleep(0.01)
+        full.enter_context(largest_file(0))
+
+    def test_nothing_is_saved_and_training_goes_on(
+        self, unbroken: tuple[Path, Trained], tmp_path: Path, full: ExitStack
+    ) -> None:
+        whole = (unbroken[0] / "metrics.jsonl").read_bytes().splitlines()[:NUM_STEPS]
+        there_again = until(7, full.close)
+        trained = train(tmp_path, step=until(4, lambda: self.fill(full, tmp_path), there_again))
+        said = [str(warning.message) for warning in self.told]
+        assert any("step 6 was not saved" in x and "lines wait" in x for x in said), said
+        assert {path.name for path in (tmp_path / "checkpoints" / "one").iterdir()} == {"3", "8"}
+        assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == whole
+        assert trained.rows == [json.loads(line) for line in whole]
+
+    def test_and_never_again_the_run_says_what_is_saved(
+        self, tmp_path: Path, full: ExitStack
+    ) -> None:
+        with pytest.raises(CheckpointError, match=r"step 8 was not .*lines wait.* saved is 3"):
+            train(tmp_path, step=until(4, lambda: self.fill(full, tmp_path)))
+        full.close()
+        assert len(train(tmp_path, resume=True).rows) == NUM_STEPS
+
+
+def test_a_log_without_checkpoints_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    for resume in (False, True):
+        with pytest.raises((CheckpointError, ValueError), match=r"holds a run|not a line of a log"):
+            train(tmp_path, resume=resume)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine\n"
 
 
 def test_a_last_step_that_is_not_saved_is_an_error(tmp_path: Path) -> None:
