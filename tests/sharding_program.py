@@ -71,7 +71,7 @@ TEXTS = np.concatenate([PROMPTS[0], CHOSEN], 1), COUNTED, np.ones((B, P + T), bo
 # Unlike what would be inferred, and the moments unlike the parameters.
 RULES = [
     ("params/.*qkv/kernel", PartitionSpec(None, ("data", "tensor"))),
-    ("opt_state/.*/mu/.*embedding", PartitionSpec("data")),
+    ("opt_state/.*/mu/(.*/)?embedding/embedding", PartitionSpec("data")),
 ]
 
 

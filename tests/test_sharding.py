@@ -97,6 +97,11 @@ class TestRules:
         assert found["layers_0/up/kernel"] == Spec()
         assert found["layers_0/up/bias"] == Spec("tensor")
 
+    def test_axes_of_size_one_are_left_out_of_them(self) -> None:
+        mesh = AbstractMesh((8, 1, 1), sharding.AXES)
+        rules = [("a", Spec("fsdp", ("data", "tensor"), None))]
+        assert specs({"a": jnp.zeros((2, 8, 3))}, mesh, rules) == {"a": Spec(None, "data")}
+
     @pytest.mark.parametrize(
         ("spec", "reason"),
         [
@@ -153,7 +158,7 @@ def on_eight_devices() -> dict[str, Any]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
     }
     ran = subprocess.run(
         [sys.executable, "tests/sharding_program.py"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
         for pattern, spec in rules:
             if re.search(pattern, name):
                 _check(name, shape, mesh, pattern, spec)
-                return NamedSharding(mesh, spec)
+                return NamedSharding(mesh, _plain(spec, mesh))
         key = _is_key(leaf)
         return NamedSharding(mesh, PartitionSpec() if key else _inferred(name, shape, mesh))
 
@@ -212,9 +212,22 @@ def _inferred(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
             break
     by_size = sorted(range(len(shape)), key=lambda dimension: -shape[dimension])
     any(divide(dimension, "fsdp") for dimension in by_size)
-    while spec and spec[-1] is None:
-        spec.pop()
-    return PartitionSpec(*spec)
+    return _plain(spec, mesh)
+
+
+def _plain(spec: Iterable[Any], mesh: Mesh) -> PartitionSpec:
+    """As a compiled program gives it back, without what divides nothing: it compares equal."""
+    plain: list[Any] = []
+    for entry in spec:
+        axes = tuple(a for a in _axes(entry) if mesh.shape[a] > 1)
+        plain.append(axes if len(axes) > 1 else next(iter(axes), None))
+    while plain and plain[-1] is None:
+        plain.pop()
+    return PartitionSpec(*plain)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _check(
@@ -222,7 +235,7 @@ def _check(
 ) -> None:
     reason = f"it has {len(shape)} dimensions" if len(spec) > len(shape) else ""
     for size, entry in zip(shape, spec, strict=False):
-        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        axes = _axes(entry)
         unknown = [axis for axis in axes if axis not in mesh.axis_names]
         if unknown:
             reason = f"the mesh has no axis {unknown[0]!r}, only {', '.join(mesh.axis_names)}"
