@@ -1,5 +1,6 @@
 """On eight devices, under `jax.pmap`, the pure functions give what they give without it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,9 @@ for name, weight in counted.items():
 
 @pytest.mark.slow
 def test_pure_functions_are_the_same_under_pmap() -> None:
-    environment = {
+    environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
     }
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM],

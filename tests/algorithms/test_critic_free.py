@@ -215,16 +215,16 @@ class TestProgram:
         assert set(metrics) == SHARED | own.names
 
         measure = partial(critic_free.experience, model=MODEL, group_size=own.group_size)
-        batch = own.module.estimate(measure(samples, scores, REF, own.hyper), own.hyper)
 
-        def loss(params: Any) -> jax.Array:
+        def loss(params: Any, samples: Rollout, scores: Any) -> jax.Array:
+            batch = own.module.estimate(measure(samples, scores, REF, own.hyper), own.hyper)
             rollout = batch.rollout
             now, _ = response_log_probs(
                 MODEL, params, rollout.tokens, rollout.attention_mask, T, temperature=0.8
             )
             return own.module.loss(jnp.where(batch.mask, now, 0.0), batch, own.hyper)[0]
 
-        value, grads = jax.jit(jax.value_and_grad(loss))(PARAMS)
+        value, grads = jax.jit(jax.value_and_grad(loss))(PARAMS, samples, scores)
         assert metrics["loss/policy_avg"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
         assert_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, PARAMS, grads), atol=1e-5)
 
@@ -405,6 +405,7 @@ class TestReMax:
         # A sample is what other algorithms sample in that row, and not the greedy response.
         plain = critic_free.Config(T, PAD, END, group_size=2)
         hyper = ALGORITHMS["remax"].hyper
-        others = critic_free.sample(start("remax"), PROMPTS, MASK, hyper, model=MODEL, config=plain)
+        sample = jax.jit(partial(critic_free.sample, model=MODEL, config=plain))
+        others = sample(start("remax"), PROMPTS, MASK, hyper)
         assert_same(samples.responses[::2], others.responses[::2])
         assert (samples.responses[::2] != samples.responses[1::2]).any(1).all()

@@ -7,6 +7,7 @@ them may equal the base.
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ from rlhfjax.types import PreferenceBatch
 
 V, T, P, N = 3, 2, 2, 4
 SIZES = {"num_prompts": P, "vocab_size": V, "length": T}
-TASK = tabular.draw(jax.random.key(7), **SIZES)
+TASK = jax.jit(partial(tabular.draw, **SIZES))(jax.random.key(7))
 TABLE = tabular.logit_table(**SIZES)
 REF = TABLE.init(jax.random.key(8))
 PROMPTS = jnp.tile(TASK.prompts, (N // P, 1))

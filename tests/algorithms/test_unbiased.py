@@ -4,6 +4,7 @@ The mean of their gradients, each batch weighed with its probability, is the gra
 objective; no response is sampled.
 """
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from rlhfjax import masked, models, sampling
+from rlhfjax import masked, models
 from rlhfjax.algorithms import critic_free, ppo, reinforce, remax, rloo
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.tasks import tabular
@@ -27,17 +28,18 @@ REF, PARAMS = (MODEL.init(jax.random.key(seed)) for seed in (1, 2))
 
 def every_response() -> tuple[Array, Array]:
     """Of all strings of T tokens, those with nothing but END behind the first END."""
-    strings = tabular.draw(jax.random.key(0), **SIZES).responses
-    mask = sampling.response_mask(strings, end_token=END)
-    whole = jnp.all(mask | (strings == END), axis=1)
-    return strings[whole], mask[whole]
+    strings = np.array(list(itertools.product(range(V), repeat=T)), np.int32)
+    ends = strings == END
+    mask = np.cumsum(ends, axis=1) - ends == 0
+    whole = (mask | ends).all(1)
+    return jnp.asarray(strings[whole]), jnp.asarray(mask[whole])
 
 
 RESPONSES, MASK = every_response()
 N = len(RESPONSES)
-SCORES = jax.random.normal(jax.random.key(0), (N,))
-TOKENS = jnp.concatenate([jnp.zeros((N, 1), int), RESPONSES], axis=1)
-ATTENTION = jnp.concatenate([jnp.ones((N, 1), bool), MASK], axis=1)
+SCORES = jnp.asarray(np.random.default_rng(0).normal(size=N), jnp.float32)
+TOKENS = jnp.asarray(np.pad(RESPONSES, [(0, 0), (1, 0)]))
+ATTENTION = jnp.asarray(np.pad(MASK, [(0, 0), (1, 0)], constant_values=True))
 
 
 def log_probs(params: Any, rows: Array | slice = slice(None)) -> Array:
@@ -45,7 +47,7 @@ def log_probs(params: Any, rows: Array | slice = slice(None)) -> Array:
     return masked.fill(found, MASK[rows])
 
 
-NOW = log_probs(PARAMS)
+NOW = jax.jit(log_probs)(PARAMS)
 CHANCES = jnp.exp(NOW.sum(1))
 ROLLOUT = Rollout(TOKENS, ATTENTION, MASK, NOW)
 
@@ -100,7 +102,7 @@ def test_the_mean_gradient_is_that_of_the_objective(
 ) -> None:
     assert sorted(set(np.asarray(MASK).sum(1))) == [1, 2, 3]
     assert float(CHANCES.sum()) == pytest.approx(1, abs=1e-6)
-    wanted = np.asarray(jax.grad(exact)(PARAMS)["logits"])
+    wanted = np.asarray(jax.jit(jax.grad(exact))(PARAMS)["logits"])
     found = np.asarray(gradient(algorithm, *batches(), group_size))
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
 
@@ -120,11 +122,16 @@ def test_the_first_update_of_ppo_is_the_exact_gradient_but_for_a_factor() -> Non
     tokens = jnp.concatenate([jnp.zeros((count, 1), int), task.responses], axis=1)
     now = tabular.token_log_probs(MODEL, params["policy"], task)[0]
     samples = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.ones((count, T), bool), now)
-    batch, _ = ppo.experience(
-        params, samples, task.rewards[0], REF, hyper, jnp.float32(BETA), model=model
-    )
-    grads, _ = jax.grad(ppo.loss, has_aux=True)(params, batch, hyper, model=model)
-    found = -np.asarray(grads["policy"]["logits"])
+
+    @jax.jit
+    def ascent(params: Any) -> Any:
+        batch, _ = ppo.experience(
+            params, samples, task.rewards[0], REF, hyper, jnp.float32(BETA), model=model
+        )
+        grads, _ = jax.grad(ppo.loss, has_aux=True)(params, batch, hyper, model=model)
+        return -grads["policy"]["logits"]
+
+    found = np.asarray(ascent(params))
     ref = tabular.log_probs(MODEL, REF, task)
     exact = tabular.gradient(MODEL, params["policy"], ref, task, kl_coef=BETA)["logits"]
     factor = np.vdot(found, exact) / np.vdot(exact, exact)

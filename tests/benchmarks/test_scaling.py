@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    return jax.jit(function).lower(*arguments).compile()
+    # Fused as for users, whatever flags the tests run with.
+    return jax.jit(function).lower(*arguments).compile({"xla_cpu_use_fusion_emitters": True})
 
 
 def cost(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:

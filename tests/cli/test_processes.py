@@ -108,7 +108,6 @@ def started(folder: Path, name: str, count: int, *more: str) -> Iterator[subproc
     devices = 8 // count
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled{count}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

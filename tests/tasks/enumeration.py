@@ -6,6 +6,7 @@ loss of those of the policy that learns, made of the library's own functions.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ from rlhfjax.tasks import tabular
 
 P, V, T = 3, 2, 3
 SIZES = {"num_prompts": P, "vocab_size": V, "length": T}
-TASK = tabular.draw(jax.random.key(0), **SIZES)
+TASK = jax.jit(partial(tabular.draw, **SIZES))(jax.random.key(0))
 N = len(TASK.responses)
 MODEL = tabular.logit_table(**SIZES)
 REF_PARAMS, PARAMS = MODEL.init(jax.random.key(1)), MODEL.init(jax.random.key(2))
-REF_TOKENS = tabular.token_log_probs(MODEL, REF_PARAMS, TASK)
+REF_TOKENS = jax.jit(partial(tabular.token_log_probs, MODEL))(REF_PARAMS, TASK)
 MASK = jnp.ones((P, N, T), bool)
 BETA = 0.4
 

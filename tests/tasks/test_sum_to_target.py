@@ -1,6 +1,7 @@
 """Digits that should add up to a target: the reward, the observation, a network as a model."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,18 +69,24 @@ def test_decoding_sees_what_the_whole_sequence_sees() -> None:
     params = model.init(jax.random.key(0))
     prompts = jnp.array([[0], [15], [36]])
     mask = jnp.ones(prompts.shape, bool)
-    samples = rollout.generate(
-        model, params, prompts, mask, jax.random.key(1), num_tokens=4, pad_token=0
-    )
-    known, _ = response_log_probs(model, params, samples.tokens, samples.attention_mask, 4)
-    np.testing.assert_allclose(samples.log_probs, known, atol=1e-6)
-    assert jnp.ptp(samples.log_probs) > 0.1
+
+    @jax.jit
+    def sample_and_read(params: Array) -> tuple[Array, Array]:
+        samples = rollout.generate(
+            model, params, prompts, mask, jax.random.key(1), num_tokens=4, pad_token=0
+        )
+        known, _ = response_log_probs(model, params, samples.tokens, samples.attention_mask, 4)
+        return samples.log_probs, known
+
+    decoded, known = sample_and_read(params)
+    np.testing.assert_allclose(decoded, known, atol=1e-6)
+    assert np.ptp(decoded) > 0.1
 
 
 def test_its_probabilities_sum_to_one_over_all_responses() -> None:
     model = sum_to_target.policy(Linear(10))
-    log_probs = tabular.log_probs(
-        model, model.init(jax.random.key(0)), sum_to_target.enumerate_task()
+    log_probs = jax.jit(partial(tabular.log_probs, model))(
+        model.init(jax.random.key(0)), sum_to_target.enumerate_task()
     )
     assert log_probs.shape == (1, 1000)
     np.testing.assert_allclose(jnp.exp(log_probs).sum(), 1.0, rtol=1e-5)

@@ -1,6 +1,7 @@
 """A task that can be enumerated, and what is known of it in closed form."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ from rlhfjax import rollout
 from rlhfjax.tasks import tabular
 
 SIZES = {"num_prompts": 5, "vocab_size": 3, "length": 3}
-TASK = tabular.draw(jax.random.key(0), **SIZES)
+TASK = jax.jit(partial(tabular.draw, **SIZES))(jax.random.key(0))
 MODEL = tabular.logit_table(**SIZES)
 PARAMS = MODEL.init(jax.random.key(1))
-REFERENCE = tabular.log_probs(MODEL, MODEL.init(jax.random.key(2)), TASK)
+LOG_PROBS = jax.jit(partial(tabular.log_probs, MODEL))
+REFERENCE = LOG_PROBS(MODEL.init(jax.random.key(2)), TASK)
 BETA = 0.4
 
 
@@ -34,22 +36,15 @@ def test_the_table_gives_each_prefix_its_own_distribution() -> None:
             for token in response:
                 expected[prompt, number] += rows[prompt, prefix, token]
                 prefix = prefix * 3 + 1 + token
-    found = tabular.log_probs(MODEL, PARAMS, TASK)
+    found = LOG_PROBS(PARAMS, TASK)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(jnp.exp(found).sum(-1), 1.0, rtol=1e-6)
 
 
 def test_what_is_sampled_has_the_log_probabilities_of_the_enumeration() -> None:
     prompts = jnp.repeat(TASK.prompts, 40, axis=0)
-    samples = rollout.generate(
-        MODEL,
-        PARAMS,
-        prompts,
-        jnp.ones(prompts.shape, bool),
-        jax.random.key(3),
-        num_tokens=3,
-        pad_token=0,
-    )
+    generate = jax.jit(partial(rollout.generate, MODEL, num_tokens=3, pad_token=0))
+    samples = generate(PARAMS, prompts, jnp.ones(prompts.shape, bool), jax.random.key(3))
     number = samples.responses @ np.array([9, 3, 1])
     rewards = np.asarray(TASK.rewards)[np.repeat(np.arange(5), 40), number]
     np.testing.assert_array_equal(tabular.score(TASK, samples), rewards)
@@ -58,11 +53,11 @@ def test_what_is_sampled_has_the_log_probabilities_of_the_enumeration() -> None:
 
 
 def test_the_objective_is_the_sum_over_responses() -> None:
-    log_probs = np.asarray(tabular.log_probs(MODEL, PARAMS, TASK), np.float64)
+    log_probs = np.asarray(LOG_PROBS(PARAMS, TASK), np.float64)
     reference = np.asarray(REFERENCE, np.float64)
     values = np.asarray(TASK.rewards) - BETA * (log_probs - reference)
     expected = (np.exp(log_probs) * values).sum(-1).mean()
-    found = tabular.objective(tabular.log_probs(MODEL, PARAMS, TASK), REFERENCE, TASK, kl_coef=BETA)
+    found = tabular.objective(LOG_PROBS(PARAMS, TASK), REFERENCE, TASK, kl_coef=BETA)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -106,7 +101,7 @@ def test_the_value_table_gives_each_prefix_its_own_number() -> None:
 
 
 def test_the_divergence_and_the_gradient_are_those_of_the_enumeration() -> None:
-    now = np.asarray(tabular.log_probs(MODEL, PARAMS, TASK), np.float64)
+    now = np.asarray(LOG_PROBS(PARAMS, TASK), np.float64)
     ref = np.asarray(REFERENCE, np.float64)
     expected = (np.exp(now) * (now - ref)).sum(1)
     np.testing.assert_allclose(tabular.divergence(now, ref), expected, rtol=1e-5)
