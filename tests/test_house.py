@@ -38,7 +38,7 @@ ROOMS = {
     "checkpoint": Room(2, {0}, {"orbax"}),
     "data": Room(2, {0}, set()),
     "algorithms": Room(3, {0, 1, 2}, {"optax"}),
-    "cli": Room(4, {0, 1, 2, 3}, {"matplotlib", "tqdm", "tyro", "optax"}),
+    "cli": Room(4, {0, 1, 2, 3}, {"matplotlib", "optax", "tqdm", "tyro", "yaml"}),
 }
 
 

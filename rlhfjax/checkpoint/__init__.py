@@ -1,7 +1,7 @@
 """Arrays on disk, in Orbax's format: parameters, and runs that can be broken off and go on."""
 
 from rlhfjax.checkpoint.digests import digest, digests, flatten, unflatten
-from rlhfjax.checkpoint.files import write_json
+from rlhfjax.checkpoint.files import write_json, write_text
 from rlhfjax.checkpoint.parameters import restore, save
 from rlhfjax.checkpoint.steps import (
     CheckpointError,
@@ -24,4 +24,5 @@ __all__ = [
     "unflatten",
     "versions",
     "write_json",
+    "write_text",
 ]

@@ -93,15 +93,25 @@ def check(folder: Path, part: slice) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_text` of JSON.
+
+    Args:
+      path: the file.
+      content: what other than JSON is in it becomes text.
+    """
+    write_text(path, json.dumps(content, indent=2, default=str))
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes a file that is on the disk, whole and under its name, when this returns.
 
     Args:
       path: the file, replaced if it exists.
-      content: what other than JSON is in it becomes text.
+      text: its content.
     """
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, default=str)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
+import yaml
 from jax.experimental import multihost_utils
 
 from rlhfjax import checkpoint, sharding
 from rlhfjax.checkpoint import CheckpointError, Checkpoints, versions
+from rlhfjax.cli.environment import environment
 from rlhfjax.cli.interruption import INTERRUPTED, interruption
 from rlhfjax.cli.metrics import MetricsLog
 from rlhfjax.cli.progress import progress
@@ -54,7 +56,7 @@ class Trained(NamedTuple):
 
 
 class Run:
-    """The directory of a run: `config.json`, `metrics.jsonl`, and `checkpoints/` of every stage.
+    """A directory: `config.yaml`, `env.json`, `metrics.jsonl`, and `checkpoints/` of every stage.
 
     A stage that was broken off goes on at its last saved step, and what the log has beyond it is
     taken back. With several processes all of them make the same calls, and the first one writes.
@@ -66,6 +68,7 @@ class Run:
       mesh: where the arrays live.
       resume: go on with what is there, if anything is.
       keep: how many steps of each stage to keep.
+      reports: called with every line of the log, in the first process.
 
     Raises:
       CheckpointError: there is a run already and `resume` is False, or it was another run.
@@ -80,18 +83,21 @@ class Run:
         mesh: jax.sharding.Mesh,
         resume: bool,
         keep: int = 2,
+        reports: Sequence[Callable[[Row], object]] = (),
     ) -> None:
         self.out, self.mesh, self.keep = Path(out), mesh, keep
-        self.config = _without(json.loads(json.dumps(dict(config), default=str)), may_change)
+        config = json.loads(json.dumps(dict(config), default=str))
+        self.config = _without(config, may_change)
         self.is_first = jax.process_index() == 0
         self.compilations = Compilations()
         self._screen = None if self.is_first else io.StringIO()
         self._resources = ExitStack()
         self._calls = 0
+        self._reports = reports if self.is_first else ()
         self._open(config, may_change, resume)
 
     def _open(self, config: Mapping[str, Any], may_change: Collection[str], resume: bool) -> None:
-        checkpoints, told = self.out / "checkpoints", self.out / "config.json"
+        checkpoints, told = self.out / "checkpoints", self.out / "config.yaml"
         log = self.out / "metrics.jsonl"
         there = (checkpoints.is_dir() and any(checkpoints.iterdir())) or (
             log.is_file() and log.stat().st_size > 0
@@ -103,7 +109,7 @@ class Run:
             )
         if there and told.is_file():
             stored = _read(told)
-            before = stored.pop("versions", versions())
+            before = _read(self.out / "env.json").get("versions", versions())
             if stored:
                 checkpoint.same_config(self.out, _without(stored, may_change), self.config)
             if before != versions():
@@ -119,7 +125,9 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._resources.callback(os.close, _lock(self.out))
-            self.write("config.json", dict(config) | {"versions": versions()})
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            checkpoint.write_text(told, text)
+            self.write("env.json", environment())
         except OSError as error:
             raise CheckpointError(
                 f"{self.out}: {error.strerror}; give a directory that can be written"
@@ -207,6 +215,8 @@ class Run:
                 for batch, behind in islice(batches(cursor), num_steps - done):
                     state, metrics = step(state, batch)
                     row = self.log.write(stage, first + done, metrics)
+                    for report in self._reports:
+                        report(row)
                     compiled = self.compilations.count if compiled is None else compiled
                     done += 1
                     rows.append(row)
@@ -283,8 +293,8 @@ def _lock(directory: Path) -> int:
 def _read(path: Path) -> dict[str, Any]:
     """What it says, or nothing where it cannot be read: every step has the configuration too."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
+        return dict(yaml.safe_load(path.read_bytes()))  # of which JSON is a part
+    except (yaml.YAMLError, ValueError, TypeError, OSError):
         warnings.warn(f"{path} was altered and is written anew", stacklevel=5)
         return {}
 

@@ -20,7 +20,7 @@ def test_whatever_it_does_on_the_disk_when_it_is_killed(tmp_path: Path) -> None:
     kinds = ran.stdout.splitlines()
     step = "/checkpoints/STAGE/N"
     assert {
-        "os.rename /.config.json",
+        "os.rename /.config.yaml",
         "open /metrics.jsonl",
         f"os.rename {step}/arrays.orbax-checkpoint-tmp",
         f"os.rename {step}/.files.json",

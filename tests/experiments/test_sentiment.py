@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import yaml
 from tokenizers import Tokenizer
 
 from experiments.sentiment import (
@@ -70,7 +71,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 class TestRun:
     def test_leaves_its_files(self, run: Run) -> None:
         assert {path.name for path in run.out.iterdir()} == {
-            "config.json", "metrics.jsonl", "summary.json", "samples.md", "curves.png",
+            "config.yaml", "env.json", "metrics.jsonl", "summary.json", "samples.md", "curves.png",
             "tokenizer.json", "checkpoint", "checkpoints",
         }  # fmt: skip
         assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -116,7 +117,7 @@ class TestRun:
         assert abs(first["objective/scores"]) < 1.5
 
     def test_the_configuration_is_kept(self, run: Run, corpus: Path) -> None:
-        config = json.loads((run.out / "config.json").read_text(encoding="utf-8"))
+        config = yaml.safe_load((run.out / "config.yaml").read_bytes())
         assert config["data"] == str(corpus)
         assert config["seed"] == 3
         assert config["ppo"]["iterations"] == 3
