@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import rlhfjax.models as zoo
 from rlhfjax import checkpoint, kl, masked, rollout, sharding
-from rlhfjax.algorithms import dpo, grpo, ppo, reward_model, rewards, sft
+from rlhfjax.algorithms import dpo, grpo, ppo, reward_model, sft
 from rlhfjax.algorithms.iteration import Reward
 from rlhfjax.cli import memory, processes
 from rlhfjax.cli.plots import curves
@@ -237,11 +237,16 @@ def main(args: Args) -> dict[str, object]:
     clock = Clock()
     mesh = sharding.mesh(**vars(args.mesh))
     texts = read_labelled(args.data) if args.data else generated_corpus(6000, seed=args.seed)
-    config = dataclasses.asdict(args) | {"texts": fingerprint(texts)}
     with (
         jax.set_mesh(mesh),
         Run(
-            args.out, config, may_change=MAY_CHANGE, mesh=mesh, resume=args.resume, keep=args.keep
+            args.out,
+            dataclasses.asdict(args),
+            may_change=MAY_CHANGE,
+            mesh=mesh,
+            resume=args.resume,
+            keep=args.keep,
+            fingerprint=fingerprint(texts),
         ) as run,
     ):
         return story(args, texts, run, clock)
@@ -277,7 +282,7 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
     # 4. The reward model, normalised on the policy's own samples before and after training.
     with clock("reward"):
         own = respond(policy, prompts["validation"])
-        reward_of = rewards.of_model(scorer, model)
+        reward_of = reward_model.as_reward(scorer, model)
         normalise = jax.jit(partial(normalised, reward_of))
         start = jax.jit(partial(headed, scorer))(policy, keys[1])
         score = jax.jit(partial(scores_of, scorer))

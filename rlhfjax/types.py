@@ -30,7 +30,9 @@ class LanguageModel(NamedTuple):
       init: `(key) -> params`.
       hidden: `(params, tokens [B, S], attention_mask [B, S], *, first=0) -> [B, S - first, D]`,
         the hidden states of whole sequences. `first` is static: the states before it are
-        nobody's business and need not be computed.
+        nobody's business and need not be computed. The built-in models also take
+        `segment_ids=None` [B, S] int32, 0 at padding, for several texts in a row: a token sees
+        its own segment only, in which positions begin at 0.
       prefill: `(params, prompts [B, P], mask [B, P], *, length) -> (hidden [B, D], cache)`, the
         state of the last position and a cache with room for `length` positions.
       decode: `(params, cache, tokens [B]) -> (hidden [B, D], cache)`, one token further. The
@@ -99,6 +101,45 @@ class Rollout:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class LabelledBatch:
+    """K responses to each prompt, with what people said of each.
+
+    A response without a token is none and counts nowhere.
+
+    Attributes:
+      prompts: [B, P] int32, left-padded; P = 0 where there are none.
+      prompt_mask: [B, P] bool, True at real tokens.
+      responses: [B, K, T] int32, right-padded.
+      response_mask: [B, K, T] bool.
+      labels: [B, K], the greater the better: whether a response is desirable, or with which
+        probability; its rating; its level, from 0 on; minus its rank among the K.
+    """
+
+    prompts: Array
+    prompt_mask: Array
+    responses: Array
+    response_mask: Array
+    labels: Array
+
+    @property
+    def real(self) -> Array:
+        """[B, K] bool, the responses that are."""
+        return self.response_mask.any(2)
+
+    @property
+    def sequences(self) -> tuple[Array, Array]:
+        """[B·K, P + T] tokens and mask of prompts with responses, those of a prompt in a row."""
+
+        def whole(prompts: Array, responses: Array) -> Array:
+            each = jnp.repeat(prompts, responses.shape[1], axis=0)
+            flat = responses.reshape(len(each), responses.shape[2])
+            return jnp.concatenate([each, flat], axis=1)
+
+        return whole(self.prompts, self.responses), whole(self.prompt_mask, self.response_mask)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PreferenceBatch:
     """Pairs of responses to prompts, of which the first was preferred.
 
@@ -127,6 +168,24 @@ class PreferenceBatch:
     def pairs(self) -> Array:
         """[B] bool, the rows that are pairs."""
         return self.chosen_mask.any(1) & self.rejected_mask.any(1)
+
+    @property
+    def real(self) -> Array:
+        """[2, B] bool, the chosen responses of pairs and the rejected ones."""
+        return jnp.stack([self.pairs, self.pairs])
+
+    @property
+    def labelled(self) -> LabelledBatch:
+        """The responses of pairs, each with the probability that it is the better one."""
+        mask = jnp.stack([self.chosen_mask, self.rejected_mask], axis=1)
+        chosen = jnp.ones(len(mask)) if self.chosen_probs is None else self.chosen_probs
+        return LabelledBatch(
+            self.prompts,
+            self.prompt_mask,
+            jnp.stack([self.chosen, self.rejected], axis=1),
+            mask & self.pairs[:, None, None],
+            jnp.stack([chosen, 1.0 - chosen], axis=1),
+        )
 
     @property
     def sequences(self) -> tuple[Array, Array]:

@@ -36,9 +36,15 @@ ROOMS = {
     "tasks": Room(2, {0, 1}, set()),
     "models": Room(2, {0}, {"flax"}),
     "checkpoint": Room(2, {0}, {"orbax"}),
-    "data": Room(2, {0}, set()),
+    "data": Room(2, {0}, {"jinja2", "pyarrow"}),
     "algorithms": Room(3, {0, 1, 2}, {"optax"}),
-    "cli": Room(4, {0, 1, 2, 3}, {"matplotlib", "optax", "tqdm", "tyro", "yaml"}),
+    "pretrained": Room(3, {0, 1, 2}, {"tokenizers"}),
+    "rewards": Room(3, set(), set()),
+    "cli": Room(
+        4,
+        {0, 1, 2, 3},
+        {"matplotlib", "optax", "tensorboardX", "tqdm", "tyro", "wandb", "yaml"},
+    ),
 }
 
 
@@ -177,7 +183,7 @@ def test_the_core_imports_without_the_extras() -> None:
     core = [name for name in MODULES if not name.startswith("rlhfjax.cli")]
     ran = run_python(f"""
 import importlib, sys
-for extra in ("matplotlib", "sklearn", "tokenizers", "tqdm", "tyro"):
+for extra in ("jinja2", "matplotlib", "pyarrow", "sklearn", "tokenizers", "tqdm", "tyro"):
     sys.modules[extra] = None
 for name in {core!r}:
     importlib.import_module(name)

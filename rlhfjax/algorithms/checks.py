@@ -14,7 +14,13 @@ import jax
 import numpy as np
 from jax import Array
 
-from rlhfjax.types import PreferenceBatch, Rollout
+from rlhfjax.types import LabelledBatch, PreferenceBatch, Rollout
+
+_COLUMNS: dict[type, tuple[str, ...]] = {
+    Rollout: ("tokens",),
+    PreferenceBatch: ("prompts", "chosen", "rejected"),
+    LabelledBatch: ("prompts", "responses"),
+}
 
 
 class SpecialTokens(Protocol):
@@ -73,7 +79,7 @@ def known_tokens(tokens: Any, *, vocab_size: int, name: str = "tokens") -> None:
     or scan a tracer has no values yet, and nothing is refused.
 
     Args:
-      tokens: [B, S] int, of NumPy or JAX.
+      tokens: [..., S] int, of NumPy or JAX.
       vocab_size: V.
       name: what to call them.
 
@@ -84,11 +90,12 @@ def known_tokens(tokens: Any, *, vocab_size: int, name: str = "tokens") -> None:
         unknown = (part < 0) | (part >= vocab_size)
         if unknown.any():
             place = np.argwhere(unknown)[0]
-            row, position = place + corner
+            *rows, position = place + corner
             raise ValueError(
-                f"{name}: row {row} has token {part[tuple(place)]} at position {position}, but the "
-                f"model's vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}: encode texts "
-                "with the model's own tokenizer, and pad with one of its tokens, not with -100"
+                f"{name}: row {', '.join(map(str, rows))} has token {part[tuple(place)]} at "
+                f"position {position}, but the model's vocabulary has {vocab_size} tokens, 0 to "
+                f"{vocab_size - 1}: encode texts with the model's own tokenizer, and pad with one "
+                "of its tokens, not with -100"
             )
 
 
@@ -110,7 +117,7 @@ class Checked:
 
     Args:
       function: what `jax.jit` gave.
-      names: of the arguments that hold tokens: arrays, a `Rollout`, a `PreferenceBatch`.
+      names: of the arguments that hold tokens: arrays, or a batch of `types`.
       vocab_size: V; None where nobody knows, and then nothing is looked at.
     """
 
@@ -133,10 +140,7 @@ class Checked:
 
 
 def _tokens(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Rollout):
-        yield f"{name}.tokens", value.tokens
-    elif isinstance(value, PreferenceBatch):
-        for column in ("prompts", "chosen", "rejected"):
-            yield f"{name}.{column}", getattr(value, column)
-    else:
+    if type(value) not in _COLUMNS:
         yield name, value
+    for column in _COLUMNS.get(type(value), ()):
+        yield f"{name}.{column}", getattr(value, column)

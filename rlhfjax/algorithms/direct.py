@@ -1,7 +1,8 @@
 """What the direct methods share: the responses of a preference batch, soft labels, the step.
 
 A direct method is one function, `pair_loss(chosen, rejected, hyper, *, mask, weights)` of two
-`Responses`. There is no reward, nothing is sampled, and nothing is static: no config.
+`Responses`; that of KTO is a function of single ones. There is no reward, nothing is sampled, and
+nothing is static: no config.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from rlhfjax.algorithms.micro_batches import in_micro_batches
 from rlhfjax.algorithms.train_state import TrainState, apply_gradients
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.losses import supervised
-from rlhfjax.types import LanguageModel, Loss, Params, PreferenceBatch
+from rlhfjax.types import LabelledBatch, LanguageModel, Loss, Params, PreferenceBatch
 
 Metrics = dict[str, Array]
 PairLoss = Callable[..., Loss]
 
 
 class Responses(NamedTuple):
-    """One side of the pairs, as the policy and the reference see it.
+    """Responses, such as one side of pairs, as the policy and the reference see them.
 
     Attributes:
       log_probs: [B, T] of the tokens under the policy, 0 where masked.
@@ -53,36 +54,37 @@ class Responses(NamedTuple):
 
 def responses(
     params: Params,
-    batch: PreferenceBatch,
+    batch: PreferenceBatch | LabelledBatch,
     ref_params: Params | None,
     *,
     model: LanguageModel,
     num_micro_batches: int = 1,
-) -> tuple[Responses, Responses]:
-    """The chosen and the rejected responses, in one pass of each model.
+) -> Responses:
+    """The responses of a batch, in one pass of each model.
 
     Args:
       params: of the policy.
-      batch: B pairs.
+      batch: N responses, 2·B of B pairs.
       ref_params: of the reference; None for the methods that have none.
       model: both models.
-      num_micro_batches: parts of the 2·B responses that go through a model one after the other.
+      num_micro_batches: parts of the N responses that go through a model one after the other.
 
     Returns:
-      chosen and rejected.
+      N responses in the order of `batch.sequences`.
 
     Raises:
       ValueError: the prompts have no tokens, prompts with responses are longer than the context,
         or the micro-batches do not divide the responses.
     """
-    if batch.prompts.shape[1] == 0:
+    start = batch.prompts.shape[1]
+    if start == 0:
         raise ValueError(
             "prompts of 0 tokens: the first token of a response is predicted from what stands "
             "before it, so give each prompt at least a beginning-of-text token"
         )
     tokens, attention_mask = sharding.split_rows(batch.sequences)
     checks.context(tokens, model.context_length)
-    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+    mask = attention_mask[:, start:]
 
     log_probs_of = partial(response_log_probs, model, num_tokens=mask.shape[1])
 
@@ -91,9 +93,7 @@ def responses(
         return masked.fill(passed(params, tokens, attention_mask)[0], mask)
 
     ref_log_probs = jnp.zeros(mask.shape) if ref_params is None else under(ref_params)
-    both = (under(params), jax.lax.stop_gradient(ref_log_probs), mask)
-    chosen, rejected = zip(*(jnp.split(x, 2) for x in both), strict=True)
-    return Responses(*chosen), Responses(*rejected)
+    return Responses(under(params), jax.lax.stop_gradient(ref_log_probs), mask)
 
 
 def both_orders(
@@ -166,8 +166,11 @@ def loss(
       the loss and its metrics.
     """
     of_pairs = partial(pair_loss, hyper=hyper)
-    sides = responses(params, batch, ref_params, model=model, num_micro_batches=num_micro_batches)
-    return both_orders(of_pairs, *sides, batch.chosen_probs)
+    both = responses(params, batch, ref_params, model=model, num_micro_batches=num_micro_batches)
+    chosen, rejected = (
+        Responses(*side) for side in zip(*(jnp.split(x, 2) for x in both), strict=True)
+    )
+    return both_orders(of_pairs, chosen, rejected, batch.chosen_probs)
 
 
 def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
@@ -186,13 +189,13 @@ def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
         *,
         num_micro_batches: int = 1,
     ) -> Callable[..., tuple[TrainState, Metrics]]:
-        """One compiled update from preference pairs.
+        """One compiled update from preferences.
 
         Args:
           model: the policy, and the reference.
           optimizer: any optax optimiser.
           num_micro_batches: parts of a batch that go through a model one after the other, for less
-            memory and the same result; must divide the 2·B responses.
+            memory and the same result; must divide the responses, 2·B of B pairs.
 
         Returns:
           `step(state, batch, ref_params, hyper) -> (state, metrics)`; `ref_params` is None for the
@@ -204,7 +207,7 @@ def maker(loss: Callable[..., Loss]) -> Callable[..., Any]:
             return value, metrics | {"loss": value}
 
         def step(
-            state: TrainState, batch: PreferenceBatch, ref_params: Params | None, hyper: Any
+            state: TrainState, batch: Any, ref_params: Params | None, hyper: Any
         ) -> tuple[TrainState, Metrics]:
             grads, metrics = jax.grad(with_value, has_aux=True)(
                 state.params, batch, ref_params, hyper

@@ -1,18 +1,18 @@
-"""KTO from preference pairs: the chosen response is desirable, the rejected one is not."""
+"""KTO: from responses that are desirable or not, of pairs the chosen and the rejected one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhfjax import masked
 from rlhfjax.algorithms import direct, train_state
 from rlhfjax.algorithms.direct import Responses
 from rlhfjax.losses import unpaired
-from rlhfjax.types import LanguageModel, Loss, Params, PreferenceBatch
+from rlhfjax.types import LabelledBatch, LanguageModel, Loss, Params, PreferenceBatch
 
 
 @jax.tree_util.register_dataclass
@@ -33,83 +33,93 @@ class Hyperparameters:
 
 def mismatched_kl(
     params: Params,
-    batch: PreferenceBatch,
+    batch: LabelledBatch,
     ref_params: Params,
     *,
     model: LanguageModel,
     num_micro_batches: int = 1,
 ) -> Array:
-    """z: `unpaired.reference_kl` of the responses of each pair to the prompt of the next one.
+    """z: `unpaired.reference_kl` of the responses of each row to the prompt of the next one.
 
     Args:
       params: of the policy.
-      batch: B rows; the pairs among them should differ in prompt from their neighbours.
+      batch: B rows, of which at least two should have a response; neighbours should differ in their
+        prompts.
       ref_params: of the reference.
       model: both models.
       num_micro_batches: as in `direct.responses`.
 
     Returns:
       scalar float32, without a gradient.
+
+    References:
+      TRL's `_get_kl_dataset`.
     """
-    pairs_first = jnp.argsort(~batch.pairs)
-    batch = jax.tree.map(lambda x: jnp.take(x, pairs_first, axis=0), batch)
-    following = (jnp.arange(len(pairs_first)) + 1) % jnp.maximum(batch.pairs.sum(), 1)
-    mismatched = replace(
-        batch, prompts=batch.prompts[following], prompt_mask=batch.prompt_mask[following]
+    rows = batch.real.any(1)
+    # Sorted, rows with a response come first; up to itself, each counts the place of the next.
+    following = jnp.argsort(~rows)[jnp.cumsum(rows) % jnp.maximum(rows.sum(), 1)]
+    prompts, prompt_mask = (
+        jnp.take(x, following, axis=0) for x in (batch.prompts, batch.prompt_mask)
     )
-    sides = direct.responses(
+    mismatched = replace(batch, prompts=prompts, prompt_mask=prompt_mask)
+    responses = direct.responses(
         jax.lax.stop_gradient(params),
         mismatched,
         ref_params,
         model=model,
         num_micro_batches=num_micro_batches,
     )
-    now, ref = (jnp.concatenate(x) for x in zip(*(side.sums for side in sides), strict=True))
-    return unpaired.reference_kl(now, ref, jnp.tile(batch.pairs, 2))
+    return unpaired.reference_kl(*responses.sums, batch.real.ravel())
 
 
-def pair_loss(
-    chosen: Responses,
-    rejected: Responses,
-    hyper: Hyperparameters,
-    *,
-    kl: Array,
-    mask: Array,
-    weights: float | Array,
+def response_loss(
+    responses: Responses, labels: Array, hyper: Hyperparameters, *, kl: Array, mask: Array
 ) -> Loss:
-    """`unpaired.kto` of sums over tokens.
+    """y·(the loss of a desirable response) + (1 - y)·(that of another), `unpaired.kto` of sums.
 
     Args:
-      chosen: the desirable responses.
-      rejected: the undesirable ones.
+      responses: N of them.
+      labels: [N], y, the probability that a response is desirable: bool, 0 and 1, or between.
       hyper: the numbers.
       kl: z.
-      mask: [B] bool, the rows that are pairs.
-      weights: of pairs.
+      mask: [N] bool, the responses that count.
 
     Returns:
-      the loss and its metrics.
+      the loss and its metrics: those of `unpaired.kto`, and TRL's `logps/chosen` and
+      `logps/rejected`, where a response is chosen if y > ½.
 
     References:
       Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, eq. 8.
     """
-    now, ref = (jnp.stack(x) for x in zip(chosen.sums, rejected.sums, strict=True))
-    return unpaired.kto(
-        now,
-        ref,
-        jnp.broadcast_to(jnp.array([[True], [False]]), now.shape),
-        kl,
-        jnp.broadcast_to(mask, now.shape),
-        beta=hyper.beta,
-        desirable_weight=hyper.desirable_weight,
-        undesirable_weight=hyper.undesirable_weight,
-        weights=weights,
-    )
+    now, ref = responses.sums
+    desirable = labels > 0.5
+    certainty = jnp.where(desirable, labels, 1.0 - labels)
+
+    def said(desirable: Array, weights: Array) -> Loss:
+        return unpaired.kto(
+            now,
+            ref,
+            desirable,
+            kl,
+            mask,
+            beta=hyper.beta,
+            desirable_weight=hyper.desirable_weight,
+            undesirable_weight=hyper.undesirable_weight,
+            weights=weights,
+        )
+
+    value, metrics = said(desirable, certainty)
+    value += said(~desirable, 1.0 - certainty)[0]
+    whole = {
+        "logps/chosen": masked.mean(now, mask & desirable),
+        "logps/rejected": masked.mean(now, mask & ~desirable),
+    }
+    return value, metrics | jax.lax.stop_gradient(whole)
 
 
 def loss(
     params: Params,
-    batch: PreferenceBatch,
+    batch: LabelledBatch | PreferenceBatch,
     ref_params: Params,
     hyper: Hyperparameters,
     *,
@@ -120,7 +130,7 @@ def loss(
 
     Args:
       params: of the policy.
-      batch: B pairs.
+      batch: B rows of responses that are labelled as in `response_loss`, or B pairs.
       ref_params: of the reference.
       hyper: the numbers.
       model: both models.
@@ -129,16 +139,11 @@ def loss(
     Returns:
       the loss and its metrics.
     """
-    kl = mismatched_kl(params, batch, ref_params, model=model, num_micro_batches=num_micro_batches)
-    return direct.loss(
-        params,
-        batch,
-        ref_params,
-        hyper,
-        pair_loss=partial(pair_loss, kl=kl),
-        model=model,
-        num_micro_batches=num_micro_batches,
-    )
+    batch = batch.labelled if isinstance(batch, PreferenceBatch) else batch
+    given = (params, batch, ref_params)
+    kl = mismatched_kl(*given, model=model, num_micro_batches=num_micro_batches)
+    responses = direct.responses(*given, model=model, num_micro_batches=num_micro_batches)
+    return response_loss(responses, batch.labels.ravel(), hyper, kl=kl, mask=batch.real.ravel())
 
 
 State = train_state.TrainState

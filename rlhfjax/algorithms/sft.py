@@ -29,6 +29,7 @@ def loss(
     tokens: Array,
     loss_mask: Array,
     attention_mask: Array,
+    segment_ids: Array | None = None,
     *,
     num_micro_batches: int = 1,
 ) -> tuple[Array, Metrics]:
@@ -40,23 +41,34 @@ def loss(
       tokens: [B, S] int32.
       loss_mask: [B, S] bool, the tokens to be learned; the first column is never predicted.
       attention_mask: [B, S] bool, True at real tokens.
+      segment_ids: [B, S] int32, 0 at padding, where a row holds several texts, as
+        `data.packing` makes them; the first token of each is never predicted. The model must take
+        them, see `LanguageModel.hidden`.
       num_micro_batches: parts of the batch that go through the model one after the other.
 
     Returns:
       loss, scalar float32, and TRL's metrics: `loss`, `entropy`, `num_tokens`.
     """
-    chex.assert_equal_shape([tokens, loss_mask, attention_mask])
+    segments = {} if segment_ids is None else {"segment_ids": segment_ids}
+    chex.assert_equal_shape([tokens, loss_mask, attention_mask, *segments.values()])
     checks.context(tokens, model.context_length)
-    tokens, loss_mask, attention_mask = sharding.split_rows((tokens, loss_mask, attention_mask))
+    tokens, loss_mask, attention_mask, segments = sharding.split_rows(
+        (tokens, loss_mask, attention_mask, segments)
+    )
 
-    def log_probs_of(params: Params, tokens: Array, attention_mask: Array) -> tuple[Array, Array]:
-        hidden = model.hidden(params, tokens[:, :-1], attention_mask[:, :-1])
+    def log_probs_of(
+        params: Params, tokens: Array, attention_mask: Array, segments: dict[str, Array]
+    ) -> tuple[Array, Array]:
+        before = {name: ids[:, :-1] for name, ids in segments.items()}
+        hidden = model.hidden(params, tokens[:, :-1], attention_mask[:, :-1], **before)
         return token_log_probs_and_entropy(model.logits(params, hidden), tokens[:, 1:])
 
     log_probs, entropies = in_micro_batches(log_probs_of, num_micro_batches)(
-        params, tokens, attention_mask
+        params, tokens, attention_mask, segments
     )
     mask = loss_mask[:, 1:] & attention_mask[:, 1:]
+    for ids in segments.values():
+        mask &= ids[:, 1:] == ids[:, :-1]
     value = supervised.language_model(log_probs, mask)
     metrics = {"loss": value, "entropy": masked.mean(entropies, mask), "num_tokens": mask.sum()}
     return value, metrics
@@ -67,7 +79,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     num_micro_batches: int = 1,
-) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """One compiled update of a language model.
 
     Args:
@@ -77,17 +89,21 @@ def make_step(
         memory and the same result; must divide B.
 
     Returns:
-      `step(state, tokens, loss_mask, attention_mask) -> (state, metrics)`, see `loss`. The state
-      is donated.
+      `step(state, tokens, loss_mask, attention_mask, segment_ids=None) -> (state, metrics)`, see
+      `loss`. The state is donated.
     """
 
     in_parts = partial(loss, num_micro_batches=num_micro_batches)
 
     def step(
-        state: TrainState, tokens: Array, loss_mask: Array, attention_mask: Array
+        state: TrainState,
+        tokens: Array,
+        loss_mask: Array,
+        attention_mask: Array,
+        segment_ids: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         grads, metrics = jax.grad(in_parts, has_aux=True)(
-            state.params, model, tokens, loss_mask, attention_mask
+            state.params, model, tokens, loss_mask, attention_mask, segment_ids
         )
         state, counted = apply_gradients(state, grads, optimizer)
         return state, metrics | counted

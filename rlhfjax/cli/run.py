@@ -68,6 +68,7 @@ class Run:
       mesh: where the arrays live.
       resume: go on with what is there, if anything is.
       keep: how many steps of each stage to keep.
+      fingerprint: of the data; the run is not resumed with others.
       reports: called with every line of the log, in the first process.
 
     Raises:
@@ -83,11 +84,12 @@ class Run:
         mesh: jax.sharding.Mesh,
         resume: bool,
         keep: int = 2,
+        fingerprint: str = "",
         reports: Sequence[Callable[[Row], object]] = (),
     ) -> None:
         self.out, self.mesh, self.keep = Path(out), mesh, keep
         config = json.loads(json.dumps(dict(config), default=str))
-        self.config = _without(config, may_change)
+        self.config = _without(config, may_change) | {"fingerprint of the data": fingerprint}
         self.is_first = jax.process_index() == 0
         self.compilations = Compilations()
         self._screen = None if self.is_first else io.StringIO()
@@ -111,7 +113,9 @@ class Run:
             stored = _read(told)
             before = _read(self.out / "env.json").get("versions", versions())
             if stored:
-                checkpoint.same_config(self.out, _without(stored, may_change), self.config)
+                checkpoint.same_config(
+                    self.out, _without(stored, may_change), _without(config, may_change)
+                )
             if before != versions():
                 warnings.warn(
                     f"{self.out} was begun with {before}, this is {versions()}: it goes on, but "

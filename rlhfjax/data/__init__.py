@@ -1,5 +1,31 @@
-"""Records to batches: text files, splits, preference pairs, fixed-shape batches."""
+"""Records to batches: files, formats, mixtures, chat templates, token ids, fixed shapes."""
 
-from rlhfjax.data import batches, cursor, generated, preferences, text
+from rlhfjax.data import (
+    batches,
+    chat,
+    cursor,
+    example_batches,
+    formats,
+    generated,
+    mixture,
+    packing,
+    preferences,
+    records,
+    text,
+    tokenized,
+)
 
-__all__ = ["batches", "cursor", "generated", "preferences", "text"]
+__all__ = [
+    "batches",
+    "chat",
+    "cursor",
+    "example_batches",
+    "formats",
+    "generated",
+    "mixture",
+    "packing",
+    "preferences",
+    "records",
+    "text",
+    "tokenized",
+]

@@ -223,7 +223,7 @@ def bucket_batches(
     slots = plan(
         [len(s) for s in sequences], batch_size=batch_size, lengths=lengths, seed=seed, epoch=epoch
     )
-    fill = partial(_fill, rows=_rows_of_part(batch_size, part), pad_token=pad_token)
+    fill = partial(_fill, rows=rows_of_part(batch_size, part), pad_token=pad_token)
     return (fill(sequences, slot) for slot in slots[start:])
 
 
@@ -268,11 +268,23 @@ def bucket_pair_batches(
         epoch=epoch,
     )
     chosen, rejected = [c for c, _ in pairs], [r for _, r in pairs]
-    fill = partial(_fill, rows=_rows_of_part(batch_size, part), pad_token=pad_token)
+    fill = partial(_fill, rows=rows_of_part(batch_size, part), pad_token=pad_token)
     return (PaddedPair(fill(chosen, slot), fill(rejected, slot)) for slot in slots[start:])
 
 
-def _rows_of_part(batch_size: int, part: tuple[int, int]) -> slice:
+def rows_of_part(batch_size: int, part: tuple[int, int]) -> slice:
+    """The rows of a batch that are one of several equal parts.
+
+    Args:
+      batch_size: of the whole.
+      part: `(index, count)`.
+
+    Returns:
+      which rows.
+
+    Raises:
+      ValueError: the parts do not divide the batch.
+    """
     index, count = part
     if batch_size % count:
         raise ValueError(

@@ -103,14 +103,23 @@ def split_by_hash(
     ends = [sum(list(fractions.values())[: i + 1]) for i in range(len(names))]
     ends[-1] = 1.0
     splits: dict[str, list[LabelledText]] = {name: [] for name in names}
-    for position, text in sorted((_position(text, salt), text) for text in votes):
+    for place, text in sorted((position(text, salt=salt), text) for text in votes):
         if votes[text]:
-            name = next(n for n, end in zip(names, ends, strict=True) if position < end)
+            name = next(n for n, end in zip(names, ends, strict=True) if place < end)
             splits[name].append(LabelledText(text, votes[text] > 0))
     return splits
 
 
-def _position(text: str, salt: str) -> float:
-    """The first 53 bits of the hash, so that the quotient is exact and below 1."""
+def position(text: str, *, salt: str = "") -> float:
+    """Where a text stands by its hash, whatever else there is.
+
+    Args:
+      text: anything.
+      salt: another one gives another, independent place.
+
+    Returns:
+      a number in [0, 1).
+    """
+    # The first 53 bits of the hash, so that the quotient is exact and below 1.
     digest = hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=HASH_BYTES).digest()
     return (int.from_bytes(digest) >> 11) / 2**53

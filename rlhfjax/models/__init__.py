@@ -1,7 +1,10 @@
-"""Models: one decoder with switches, scalar heads, and the pair that PPO trains."""
+"""Models: one decoder with switches, scalar heads, adapters, and the pair that PPO trains."""
 
+from rlhfjax.models import lora
 from rlhfjax.models.actor_critic import ActorCritic, separate_trunks, shared_trunk
-from rlhfjax.models.decoder import DecoderConfig, decoder
+from rlhfjax.models.attention import Llama3, Rotary, Stretched
+from rlhfjax.models.config import DecoderConfig
+from rlhfjax.models.decoder import decoder
 from rlhfjax.models.heads import (
     ScalarHead,
     last_value,
@@ -14,10 +17,14 @@ from rlhfjax.models.heads import (
 __all__ = [
     "ActorCritic",
     "DecoderConfig",
+    "Llama3",
+    "Rotary",
     "ScalarHead",
+    "Stretched",
     "decoder",
     "last_value",
     "linear_head",
+    "lora",
     "rescale",
     "same_vocabulary",
     "scalar_model",

@@ -37,7 +37,7 @@ from rlhfjax.algorithms import (
     sft,
     simpo,
 )
-from rlhfjax.types import LanguageModel, Params, PreferenceBatch, Rollout
+from rlhfjax.types import LabelledBatch, LanguageModel, Params, PreferenceBatch, Rollout
 
 V, N, P, T = 7, 4, 3, 2
 LEARNING = (
@@ -176,6 +176,25 @@ class TestAlgorithmsOfPairs:
     def test_refuse_pairs_that_are_longer_than_the_context(self, module: ModuleType) -> None:
         with pytest.raises(ValueError, match=r"sequences of 6 tokens.* context of 5"):
             reads_pairs(module)(batch_of(T + 1))
+
+
+@pytest.mark.parametrize("module", [kto, reward_model], ids=name_of)
+class TestAlgorithmsOfLabels:
+    def batch(self, length: int = T) -> LabelledBatch:
+        tokens, mask = jnp.zeros((N, 2, length), int), np.ones((N, 2, length), bool)
+        return LabelledBatch(PROMPTS, MASK, tokens, mask, np.ones((N, 2), bool))
+
+    def test_refuse_unknown_tokens(self, module: ModuleType) -> None:
+        batch = self.batch()
+        with refuses("batch.prompts", V):
+            reads_pairs(module)(replace(batch, prompts=spoiled(PROMPTS, V)))
+        responses = batch.responses.at[2, 1, 0].set(V)
+        with pytest.raises(ValueError, match=rf"^batch.responses: row 2, 1 has token {V} at pos"):
+            reads_pairs(module)(replace(batch, responses=responses))
+
+    def test_refuse_responses_that_are_longer_than_the_context(self, module: ModuleType) -> None:
+        with pytest.raises(ValueError, match=r"sequences of 6 tokens.* context of 5"):
+            reads_pairs(module)(self.batch(T + 1))
 
 
 class TestSupervisedFineTuning:

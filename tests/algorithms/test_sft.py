@@ -24,10 +24,8 @@ def params():
 
 
 @jax.jit
-def loss_and_grads(params, tokens, loss_mask, attention_mask):
-    return jax.value_and_grad(sft.loss, has_aux=True)(
-        params, DECODER, tokens, loss_mask, attention_mask
-    )
+def loss_and_grads(params, *batch):
+    return jax.value_and_grad(sft.loss, has_aux=True)(params, DECODER, *batch)
 
 
 class TestLoss:
@@ -55,7 +53,7 @@ class TestLoss:
         assert metrics["num_tokens"] == learned.sum()
 
     def test_names_of_the_metrics(self, params) -> None:
-        _, metrics = sft.loss(params, DECODER, TOKENS, LOSS_MASK, MASK)
+        (_, metrics), _ = loss_and_grads(params, TOKENS, LOSS_MASK, MASK)
         assert set(metrics) == {"loss", "entropy", "num_tokens"}
 
     def test_nothing_to_learn_is_a_loss_of_0(self) -> None:
@@ -80,6 +78,39 @@ def test_rows_that_fill_a_batch_count_nowhere(params) -> None:
     filled = loss_and_grads(params, TOKENS, LOSS_MASK, MASK)
     alone = loss_and_grads(params, TOKENS[:-1], LOSS_MASK[:-1], MASK[:-1])
     assert_close(filled, alone, atol=1e-5)
+
+
+class TestPacked:
+    """Rows of 8 with texts of 5 and 3, of 4 and 2, against one text a row."""
+
+    LENGTHS = (5, 3, 4, 2)
+    TEXTS = tuple(RNG.integers(0, V, n).astype(np.int32) for n in LENGTHS)
+    # The first token of a text is to be learned, but there is nothing to predict it from.
+    LEARNED = tuple(np.arange(n) % 3 != 1 for n in LENGTHS)
+
+    def rows(self, *groups):
+        tokens, learned = np.full((len(groups), S), 7, np.int32), np.zeros((len(groups), S), bool)
+        segments = np.zeros((len(groups), S), np.int32)
+        for row, group in enumerate(groups):
+            end = 0
+            for number, text in enumerate(group, start=1):
+                place = slice(end, end := end + self.LENGTHS[text])
+                tokens[row, place], learned[row, place] = self.TEXTS[text], self.LEARNED[text]
+                segments[row, place] = number
+        return tokens, learned, segments > 0, segments
+
+    def test_trains_as_unpacked_in_micro_batches_too(self, params) -> None:
+        *plain, _ = self.rows([0], [1], [2], [3])
+        packed = self.rows([0, 1], [2, 3], [], [])
+        (expected, metrics), grads = loss_and_grads(params, *plain)
+        assert metrics["num_tokens"] == sum(learned[1:].sum() for learned in self.LEARNED)
+        optimizer = optax.sgd(0.1)
+        step = sft.make_step(DECODER, optimizer, num_micro_batches=2)
+        state, found = step(sft.init(params, optimizer), *packed)
+        assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), atol=1e-6)
+        assert_close(found, metrics | {"val/num_skipped": 0}, atol=1e-5)
+        # Without segments the texts see each other.
+        assert abs(loss_and_grads(params, *packed[:3])[0][0] - expected) > 1e-3
 
 
 class TestStep:

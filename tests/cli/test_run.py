@@ -60,9 +60,11 @@ def train(
     config: dict[str, Any] = CONFIG,
     save_every: int = 3,
     best: str | None = None,
+    fingerprint: str = "",
 ) -> Trained:
     mesh = sharding.mesh(devices=jax.devices()[:1])
-    with Run(out, config, may_change=("out",), mesh=mesh, resume=resume) as run:
+    more = {"may_change": ("out",), "mesh": mesh, "fingerprint": fingerprint}
+    with Run(out, config, resume=resume, **more) as run:
         for stage in stages:
             trained = run.train(
                 stage,
@@ -220,6 +222,12 @@ def test_a_run_is_not_written_over(unbroken: tuple[Path, Trained]) -> None:
     assert "model.width is 4 there, 8 here; seed is 3 there, 4 here" in str(error.value)
     assert "out" not in str(error.value).split("another run:")[1].split(";")[0]
     assert {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()} == before
+
+
+def test_other_data_are_another_run(tmp_path: Path) -> None:
+    train(tmp_path, fingerprint="a")
+    with pytest.raises(CheckpointError, match="fingerprint of the data is 'a' there, 'b' here"):
+        train(tmp_path, fingerprint="b", resume=True)
 
 
 def test_other_versions_are_told(unbroken: tuple[Path, Trained], tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ class TestRun:
         assert config["seed"] == 3
         assert config["ppo"]["iterations"] == 3
         assert config["model"]["width"] == 16
-        assert config["versions"] == run.summary["versions"]
+        environment = json.loads((run.out / "env.json").read_text(encoding="utf-8"))
+        assert environment["versions"] == run.summary["versions"]
 
     def test_samples_stand_beside_one_another(self, run: Run) -> None:
         lines = (run.out / "samples.md").read_text(encoding="utf-8").splitlines()
@@ -147,8 +148,6 @@ class TestRun:
     def test_the_same_seed_gives_the_same_numbers(
         self, run: Run, corpus: Path, tmp_path: Path
     ) -> None:
-        # A log of an older run is replaced, not continued.
-        (tmp_path / "metrics.jsonl").write_text("old\n")
         again = main(replace(SIZES, data=corpus, out=tmp_path))
         for name, number in run.summary.items():
             if not name.startswith("seconds/"):

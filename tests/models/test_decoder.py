@@ -12,8 +12,8 @@ import pytest
 from small_models import assert_close, left_padded, scattered
 
 from rlhfjax import rollout, sampling
-from rlhfjax.models import DecoderConfig, decoder
-from rlhfjax.models.decoder import attend
+from rlhfjax.models import DecoderConfig, Rotary, Stretched, decoder
+from rlhfjax.models.attention import attend
 from rlhfjax.types import LanguageModel, Params, Rollout
 
 RNG = np.random.default_rng(0)
@@ -29,6 +29,15 @@ CONFIGS = {
         gated_mlp=True,
     ),
 }  # fmt: skip
+# All switches that public models have, in one that nobody has: a window is shorter than the prompt,
+# and the caps are of the size of what they cap.
+EVERYTHING = DecoderConfig(
+    V, 16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_width=6, mlp_width=24,
+    rotary=(Rotary(100.0, size=4), Rotary(1000.0, rescale=Stretched(3.0))), windows=(None, 3),
+    query_divisor=1.5, attention_cap=2.0, logit_cap=3.0, scaled_embedding=True, parallel=True,
+    rms_norm=True, norm_eps=0.1, norm_from_one=True, qk_norm=True, post_norms=True,
+    gated_mlp=True, activation=jax.nn.relu, bias=False, qkv_bias=True, output_bias=True,
+)  # fmt: skip
 TOKENS, MASK = left_padded(RNG, [S, S - 3, S - 5], S, 0, V)
 
 
@@ -55,6 +64,13 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     return build(request.param)
 
 
+def each_and_everything(test: Callable[..., None]) -> Callable[..., None]:
+    configs = [*CONFIGS.values(), EVERYTHING]
+    return pytest.mark.parametrize("tiny", configs, ids=[*CONFIGS, "everything"], indirect=True)(
+        test
+    )
+
+
 def in_numpy(config: DecoderConfig, params: Params, tokens: np.ndarray, shift: int) -> np.ndarray:
     """Logits of one sequence without padding, its first token at position `shift`."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -63,61 +79,88 @@ def in_numpy(config: DecoderConfig, params: Params, tokens: np.ndarray, shift: i
     def dense(name: dict, x: np.ndarray) -> np.ndarray:
         return x @ name["kernel"] + name.get("bias", 0.0)
 
+    def rms_norm(name: dict, x: np.ndarray) -> np.ndarray:
+        scaled = x / np.sqrt((x**2).mean(-1, keepdims=True) + (config.norm_eps or 1e-6))
+        return scaled * (name["scale"] + config.norm_from_one)
+
     def norm(name: dict, x: np.ndarray) -> np.ndarray:
         if config.rms_norm:
-            return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * name["scale"]
+            return rms_norm(name, x)
         centred = x - x.mean(-1, keepdims=True)
         scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * name["scale"]
         return scaled + name.get("bias", 0.0)
 
-    def rotate(vector: np.ndarray, position: int) -> np.ndarray:
-        if config.rotary_base is None:
+    def rotate(vector: np.ndarray, position: int, rotary: Rotary | None) -> np.ndarray:
+        if rotary is None:
             return vector
-        half = len(vector) // 2
-        turned = np.empty_like(vector)
+        half = (rotary.size or len(vector)) // 2
+        stretch = rotary.rescale.factor if isinstance(rotary.rescale, Stretched) else 1.0
+        turned = vector.copy()
         for i in range(half):
-            angle = position * config.rotary_base ** (-i / half)
+            angle = position * rotary.base ** (-i / half) / stretch
             turn = complex(vector[i], vector[half + i]) * np.exp(1j * angle)
             turned[i], turned[half + i] = turn.real, turn.imag
         return turned
 
-    def attention(layer: dict, x: np.ndarray) -> np.ndarray:
+    def cap(x: np.ndarray, at: float | None) -> np.ndarray:
+        return x if at is None else at * np.tanh(x / at)
+
+    def attention(layer: dict, x: np.ndarray, number: int) -> np.ndarray:
         size, group = config.head_dim, config.num_heads // config.kv_heads
         inner = [config.num_heads * size, (config.num_heads + config.kv_heads) * size]
         q, k, v = np.split(dense(layer["qkv"], x), inner, axis=-1)
         mixed = np.zeros_like(q)
+        window = (config.windows or (None,) * config.num_layers)[number] or len(x)
+        divisor = config.query_divisor or np.sqrt(size)
+
+        def prepared(name: str, head: np.ndarray, t: int) -> np.ndarray:
+            head = rms_norm(layer[name], head) if config.qk_norm else head
+            return rotate(head, positions[t], config.rotaries[number])
+
         for head in range(config.num_heads):
             mine = slice(head * size, (head + 1) * size)
             shared = slice(head // group * size, (head // group + 1) * size)
             for t in range(len(x)):
-                query = rotate(q[t, mine], positions[t])
-                scores = np.array(
-                    [query @ rotate(k[s, shared], positions[s]) for s in range(t + 1)]
-                )
-                weights = np.exp((scores - scores.max()) / np.sqrt(size))
-                mixed[t, mine] = weights / weights.sum() @ v[: t + 1, shared]
+                query = prepared("query_norm", q[t, mine], t)
+                seen = range(max(0, t + 1 - window), t + 1)
+                scores = np.array([query @ prepared("key_norm", k[s, shared], s) for s in seen])
+                scores = cap(scores / divisor, config.attention_cap)
+                weights = np.exp(scores - scores.max())
+                mixed[t, mine] = weights / weights.sum() @ v[seen, shared]
         return dense(layer["output"], mixed)
 
     def mlp(layer: dict, x: np.ndarray) -> np.ndarray:
         up = dense(layer["up"], x)
         if config.gated_mlp:
             gate = dense(layer["gate"], x)
-            return dense(layer["down"], gate / (1 + np.exp(-gate)) * up)
+            relu = config.activation is jax.nn.relu
+            active = np.maximum(gate, 0) if relu else gate / (1 + np.exp(-gate))
+            return dense(layer["down"], active * up)
         gelu = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
         return dense(layer["down"], gelu)
 
     x = params["embedding"]["embedding"][tokens]
-    if config.rotary_base is None:
+    if config.scaled_embedding:
+        x = x * np.sqrt(config.width)
+    if config.rotaries[0] is None:
         x = x + params["position_embedding"]["embedding"][positions]
     for number in range(config.num_layers):
         layer = params[f"layers_{number}"]
-        x = x + attention(layer, norm(layer["attention_norm"], x))
-        x = x + mlp(layer, norm(layer["mlp_norm"], x))
+        added = attention(layer, norm(layer["attention_norm"], x), number)
+        if config.post_norms:
+            added = norm(layer["attention_post_norm"], added)
+        read = x if config.parallel else x + added
+        inner = mlp(layer, norm(layer["mlp_norm"], read))
+        if config.post_norms:
+            inner = norm(layer["mlp_post_norm"], inner)
+        x = x + added + inner
     x = norm(params["norm"], x)
-    return x @ (params["embedding"]["embedding"].T if config.tied_head else params["head"])
+    logits = x @ (params["embedding"]["embedding"].T if config.tied_head else params["head"])
+    return cap(logits, config.logit_cap)
 
 
 class TestWholePass:
+    @each_and_everything
     def test_logits_at_real_tokens_are_those_of_numpy(self, tiny: Tiny) -> None:
         logits = tiny.logits(TOKENS, MASK)
         assert logits.std() > 0.5
@@ -125,6 +168,7 @@ class TestWholePass:
             expected = in_numpy(tiny.config, tiny.params, tokens[real], shift=0)
             np.testing.assert_allclose(logits[row, real], expected, rtol=1e-4, atol=1e-4)
 
+    @each_and_everything
     def test_the_gradient_is_the_slope_of_numpys_logits_in_any_direction(self, tiny: Tiny) -> None:
         weights = RNG.normal(size=(*TOKENS.shape, V)) * MASK[..., None]
         direction = jax.tree.map(lambda x: RNG.normal(size=x.shape), tiny.params)
@@ -218,9 +262,41 @@ class TestWholePass:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+class TestSegments:
+    """Three texts in a row, the second behind a pad, and padding at the end."""
+
+    TEXTS = ((0, 5), (6, 9), (9, 11))
+
+    @pytest.mark.parametrize(
+        "tiny",
+        [CONFIGS["GPT-2"], replace(EVERYTHING, remat=True)],
+        ids=["GPT-2", "everything, again"],
+        indirect=True,
+    )
+    def test_packed_texts_are_what_they_are_alone(self, tiny: Tiny) -> None:
+        model = tiny.model
+        segment_ids = np.zeros((1, S), np.int32)
+        alone, mask = np.zeros((3, S), np.int32), np.zeros((3, S), bool)
+        for row, (start, end) in enumerate(self.TEXTS):
+            segment_ids[0, start:end] = row + 1
+            alone[row, : end - start], mask[row, : end - start] = TOKENS[0, start:end], True
+
+        @jax.jit
+        def both(params: Params) -> tuple[jax.Array, jax.Array]:
+            packed = model.hidden(
+                params, TOKENS[:1], segment_ids > 0, segment_ids=jnp.asarray(segment_ids)
+            )
+            return packed[0], model.hidden(params, alone, mask)
+
+        packed, apart = both(tiny.params)
+        for row, (start, end) in enumerate(self.TEXTS):
+            np.testing.assert_allclose(packed[start:end], apart[row, : end - start], atol=1e-5)
+
+
 class TestCache:
     PROMPTS, PROMPT_MASK = TOKENS[:, :P], MASK[:, :P]
 
+    @each_and_everything
     def test_decoding_with_a_cache_equals_the_whole_pass(self, tiny: Tiny) -> None:
         states, model, params = tiny.hidden(TOKENS, MASK), tiny.model, tiny.params
         hidden, cache = jax.jit(model.prefill, static_argnames="length")(
@@ -265,7 +341,10 @@ class TestCache:
 
 class TestRemat:
     @pytest.mark.parametrize(
-        "tiny", [CONFIGS["GPT-2"], CONFIGS["Llama"]], ids=["GPT-2", "Llama"], indirect=True
+        "tiny",
+        [CONFIGS["GPT-2"], CONFIGS["Llama"], EVERYTHING],
+        ids=["GPT-2", "Llama", "everything"],
+        indirect=True,
     )
     def test_values_and_gradients_are_the_same(self, tiny: Tiny) -> None:
         weights = RNG.normal(size=(3, S - P, V)).astype(np.float32)
@@ -322,6 +401,22 @@ class TestAttend:
             expected[b, h, t] = weights @ self.VALUE[b, mine, look]
         mixed = attend(self.QUERY, self.KEY, self.VALUE, self.LOOK)
         np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+
+    def test_the_gradient_of_capped_scores_is_that_of_the_plain_formula(self) -> None:
+        weights = RNG.normal(size=self.QUERY.shape).astype(np.float32)
+
+        def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            key, value = (jnp.repeat(x, self.H // self.K, axis=1) for x in (key, value))
+            scores = 0.7 * jnp.tanh(query @ key.swapaxes(2, 3) / 3.0 / 0.7)
+            return jax.nn.softmax(jnp.where(self.LOOK[:, None], scores, -1e9)) @ value
+
+        def gradients(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+            grad = jax.grad(lambda *qkv: jnp.sum(weights * function(*qkv)), (0, 1, 2))
+            return jax.jit(grad)(self.QUERY, self.KEY, self.VALUE)
+
+        mine = gradients(lambda *qkv: attend(*qkv, self.LOOK, divisor=3.0, cap=0.7))
+        for grad, expected in zip(mine, gradients(plain), strict=True):
+            np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
 
     def test_grouped_heads_are_repeated_heads(self) -> None:
         repeated = (np.repeat(x, self.H // self.K, axis=1) for x in (self.KEY, self.VALUE))
@@ -404,6 +499,20 @@ def test_heads_that_do_not_divide_are_refused(
 def test_rotary_positions_refuse_heads_of_odd_size() -> None:
     with pytest.raises(ValueError, match="heads of 3: choose an even size"):
         DecoderConfig(V, 16, width=12, num_heads=4, rotary_base=10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": (3,)}, "windows has 1 entries for 2 layers"),
+        ({"rotary": (Rotary(10.0),)}, "rotary has 1 entries for 2 layers"),
+        ({"rotary": (Rotary(10.0),) * 2, "rotary_base": 10.0}, "give one"),
+        ({"rotary": (Rotary(10.0, size=3),) * 2}, "choose an even size"),
+    ],
+)
+def test_layers_that_are_not_described_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(V, 16, width=16, num_layers=2, num_heads=4, **options)
 
 
 def test_sequences_longer_than_the_context_are_refused() -> None:

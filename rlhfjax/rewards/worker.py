@@ -8,46 +8,50 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
+from rlhfjax.rewards import functions
+from rlhfjax.rewards.arguments import Function, answer, bare_signature, name_of
+from rlhfjax.rewards.errors import RewardError
+
 
 class Worker:
-    """A function in TRL's signature that is one too, and answers within a time or raises.
+    """A function in TRL's signature that answers within a time or raises.
 
     The process is started at once and serves all calls. One that does not answer in time is
     killed, with all that it has started; one that ended by itself is reported. The next call starts
     another. It ends with its parent, however that ends.
 
-    The process is a new Python that imports the function from its module: a script that makes a
-    `Worker` needs `if __name__ == "__main__":` around what it does.
+    The process is a new Python in the same working folder, which imports the function from its
+    module: a script that makes a `Worker` needs `if __name__ == "__main__":` around what it does.
 
     Args:
-      function: in TRL's signature, defined at the top of a module.
+      function: in TRL's signature, defined at the top of a module; or its name, as `load` reads it,
+        and then its file is read by the process alone.
       time_limit: seconds that a call may take.
       start_limit: seconds that the process may take to import the function.
 
     Raises:
+      RewardError: there is no function of that name, or its file cannot be imported.
       ValueError: the function cannot be sent to the process, or not be imported there.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Sequence[float | None]],
-        *,
-        time_limit: float,
-        start_limit: float = 120.0,
+        self, function: Function | str, *, time_limit: float, start_limit: float = 120.0
     ) -> None:
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__name__ = function if isinstance(function, str) else name_of(function)
         self.time_limit, self.start_limit = time_limit, start_limit
+        self._folder = os.getcwd()
         self._process: BaseProcess | None = None
         try:
             self._pickled = pickle.dumps(function)
             self._start()
+        except RewardError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"reward function {self.__name__!r} cannot run in a process of its own ({error}): "
@@ -55,9 +59,7 @@ class Worker:
                 'under `if __name__ == "__main__":`'
             ) from error
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
-    ) -> Any:
+    def __call__(self, **given: Any) -> Any:
         """What the function returns; raises what it raises.
 
         Raises:
@@ -66,7 +68,6 @@ class Worker:
         """
         if self._process is None:
             self._start()
-        given = {"prompts": prompts, "completions": completions, **columns}
         return self._answer(self.time_limit, given)
 
     def __enter__(self) -> Self:
@@ -96,11 +97,17 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._pickled), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._pickled, self._folder), daemon=True
+        )
         self._process.start()
         # The only other end is now in the process, and closes with it.
         theirs.close()
-        self._answer(self.start_limit)
+        try:
+            self.__name__, self.__signature__ = self._answer(self.start_limit)
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self, limit: float, *question: Any) -> Any:
         """The answer to a question, or the first word of a new process."""
@@ -109,7 +116,7 @@ class Worker:
                 self._connection.send(asked)
             if not self._connection.poll(limit):
                 raise TimeoutError(f"no answer within {limit:g} s")
-            succeeded, answer = self._connection.recv()
+            succeeded, answered = self._connection.recv()
         except (EOFError, ConnectionError):
             ending = _ending(self._process)
             self.close()
@@ -119,8 +126,8 @@ class Worker:
             self.close()
             raise
         if succeeded:
-            return answer
-        raise answer
+            return answered
+        raise answered
 
 
 def _ending(process: Any) -> str:
@@ -131,25 +138,25 @@ def _ending(process: Any) -> str:
     return f"ended with exit code {code}"
 
 
-def _serve(connection: Connection, pickled: bytes) -> None:
+def _serve(connection: Connection, pickled: bytes, folder: str) -> None:
     """Answers questions until nobody asks any more."""
     if hasattr(os, "setsid"):
         os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        os.chdir(folder)
         function = pickle.loads(pickled)
+        if isinstance(function, str):
+            function = functions.load(function)
+        connection.send((True, (name_of(function), bare_signature(function))))
     except Exception as error:
         connection.send((False, _portable(error)))
         return
-    connection.send((True, None))
     with suppress(EOFError):
         while True:
             given = connection.recv()
             try:
-                answer = function(**given)
-                # A list can be sent, a generator cannot.
-                answer = list(answer) if isinstance(answer, Iterable) else answer
-                connection.send((True, answer))
+                connection.send((True, answer(function, given)))
             except BaseException as error:
                 connection.send((False, _portable(error)))
 

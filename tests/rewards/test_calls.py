@@ -1,25 +1,15 @@
-"""Rewards that are Python functions: what they are given, and what they may answer."""
+"""Reward functions in Python: what they are given, and what they may answer."""
 
-import multiprocessing
-import subprocess
-import sys
+import asyncio
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reward_functions
-from small_models import assert_same, bigram
 
-from rlhfjax import models
-from rlhfjax.algorithms import reward_model, rewards
-from rlhfjax.types import Rollout
-
-ROOT = Path(__file__).parents[2]
+from rlhfjax import rewards
 
 PROMPTS, COMPLETIONS = ["the film", "the cast", "the end"], ["is good", "is not", "is near"]
 
@@ -41,6 +31,60 @@ def test_it_is_given_texts_and_columns_by_name() -> None:
     scores = rewards.call(lengths, PROMPTS, COMPLETIONS, weights=[1.0, 0.5, -1.0])
     np.testing.assert_array_equal(scores, [7.0, 3.0, -7.0])
     assert scores.dtype == np.float32
+
+
+def test_it_is_given_what_it_names_and_no_more() -> None:
+    def of_tokens(completion_ids: Sequence[list[int]], unused: float = 2.0) -> list[float]:
+        return [unused * len(tokens) for tokens in completion_ids]
+
+    scores = rewards.call(
+        of_tokens, PROMPTS, COMPLETIONS, completion_ids=[[1], [1, 2], []], answer=["a", "b", "c"]
+    )
+    np.testing.assert_array_equal(scores, [2.0, 4.0, 0.0])
+
+
+def test_it_is_given_all_if_it_takes_all() -> None:
+    seen = []
+
+    def everything(**given: Any) -> list[float]:
+        seen.append(given)
+        return [0.0] * 3
+
+    rewards.call(everything, PROMPTS, COMPLETIONS, answer=["a", "b", "c"])
+    assert seen == [{"prompts": PROMPTS, "completions": COMPLETIONS, "answer": ["a", "b", "c"]}]
+
+
+@pytest.mark.parametrize("ask", [rewards.call, rewards.call_or_mask])
+def test_a_column_that_the_data_lacks_is_named_and_never_left_out(ask: Any) -> None:
+    def checked(completions: Sequence[str], solution: Sequence[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.raises(
+        rewards.RewardError,
+        match=r"'checked' needs 'solution', which is not .* prompts, completions, answer$",
+    ):
+        ask(checked, PROMPTS, COMPLETIONS, answer=["a", "b", "c"])
+
+
+def test_an_async_function_is_waited_for() -> None:
+    async def patient(completions: Sequence[str]) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(completion)) for completion in completions]
+
+    np.testing.assert_array_equal(rewards.call(patient, PROMPTS, COMPLETIONS), [7, 6, 7])
+
+
+def test_the_state_of_training_is_no_column() -> None:
+    def scheduled(completions: Sequence[str], trainer_state: rewards.TrainerState) -> list[float]:
+        if len(completions) > 1:
+            raise ValueError
+        return [trainer_state.global_step / trainer_state.max_steps]
+
+    with pytest.warns(RuntimeWarning, match="gave every sample a score"):
+        scores = rewards.call_or_mask(
+            scheduled, PROMPTS, COMPLETIONS, trainer_state=rewards.TrainerState(3, 4)
+        )
+    np.testing.assert_array_equal(scores, [0.75] * 3)
 
 
 @pytest.mark.parametrize(
@@ -158,108 +202,3 @@ def test_a_callable_without_a_name_is_named_by_its_class() -> None:
 
     with pytest.raises(ValueError, match="'Judge' returned 0 scores"):
         rewards.call(Judge(), PROMPTS, COMPLETIONS)
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[rewards.Worker]:
-    with rewards.Worker(reward_functions.obedient, time_limit=60) as worker:
-        yield worker
-    assert multiprocessing.active_children() == []
-
-
-class TestWorker:
-    def test_answers_as_the_function_does(self, worker: rewards.Worker) -> None:
-        np.testing.assert_array_equal(rewards.call(worker, PROMPTS, COMPLETIONS), [7, 6, 7])
-
-    @pytest.mark.parametrize(
-        ("prompt", "raised"),
-        {
-            "refuse": "KeyError('no such key')",
-            "strange": "RuntimeError('Strange: very odd')",
-            "leave": "RuntimeError('SystemExit: 4')",
-        }.items(),
-    )
-    def test_raises_what_the_function_raises(
-        self, worker: rewards.Worker, prompt: str, raised: str
-    ) -> None:
-        with pytest.raises(ValueError) as error:
-            rewards.call(worker, ["", prompt], ["a", "b"])
-        assert error.value.failures == [(1, prompt, f"raised {raised}")]
-        (note,) = error.value.__cause__.__notes__
-        assert "reward_functions.py" in note
-
-    def test_that_ends_is_reported_and_started_again(self, worker: rewards.Worker) -> None:
-        with pytest.warns(RuntimeWarning, match=r"'obedient' .*ended with exit code 3.* sample 1 "):
-            scores = rewards.call_or_mask(worker, ["", "end", ""], ["a", "b", "ccc"])
-        np.testing.assert_array_equal(scores, [1, np.nan, 3])
-
-    def test_cannot_be_made_of_what_has_no_name_in_a_module(self) -> None:
-        with pytest.raises(ValueError, match=r"'<lambda>' cannot run .* with `def` at the top"):
-            rewards.Worker(lambda prompts, completions: [], time_limit=1)
-
-
-HANGING = """
-import os, signal, threading
-import reward_functions
-from rlhfjax.algorithms import rewards
-
-worker = rewards.Worker(reward_functions.obedient, time_limit=0.5)
-try:
-    rewards.call(worker, ["hang"], [""])
-except rewards.RewardError as error:
-    print(error)
-worker.time_limit = 1000
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-worker(prompts=["hang"], completions=[""])
-"""
-
-
-def test_a_function_that_hangs_is_stopped_and_leaves_no_process_behind() -> None:
-    # Returns when the last process that holds the pipe has ended.
-    ran = subprocess.run(
-        [sys.executable, "-u", "-c", HANGING],
-        cwd=ROOT / "tests", capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert "TimeoutError('no answer within 0.5 s') for sample 0 (prompt 'hang')" in ran.stdout
-    assert ran.returncode == -9, ran.stderr
-
-
-class TestARewardModel:
-    POLICY = bigram(5, context_length=8)
-
-    def scorer(self, **changes: int) -> Any:
-        return models.scalar_model(
-            bigram(**({"vocab_size": 5, "context_length": 8} | changes)),
-            models.linear_head(5, stddev=1.0),
-        )
-
-    def samples(self, length: int = 6) -> Rollout:
-        tokens = np.random.default_rng(0).integers(0, 5, (3, length)).astype(np.int32)
-        mask = np.arange(3) < np.array([[1], [2], [3]])
-        prompt_mask = np.ones((3, length - 3), bool)
-        return Rollout(tokens, np.concatenate([prompt_mask, mask], 1), mask, np.zeros((3, 3)))
-
-    def test_scores_prompts_with_their_responses(self) -> None:
-        scorer, samples = self.scorer(), self.samples()
-        params = scorer.init(jax.random.key(0))
-        scores = rewards.of_model(scorer, self.POLICY)(params, samples)
-        whole = reward_model.score(scorer, params, samples.tokens, samples.attention_mask)
-        assert_same(scores, whole)
-        assert len(set(scores.tolist())) == 3
-
-    def test_must_have_the_policys_vocabulary(self) -> None:
-        with pytest.raises(ValueError, match=r"vocabulary of 5 .* one of 4: "):
-            rewards.of_model(self.scorer(vocab_size=4), self.POLICY)
-
-    def test_must_be_able_to_read_that_far(self) -> None:
-        scorer = self.scorer(context_length=7)
-        reward = rewards.of_model(scorer, self.POLICY)
-        params = scorer.init(jax.random.key(0))
-        assert reward(params, self.samples(7)).shape == (3,)
-        with pytest.raises(ValueError, match=r"sequences of 8 tokens.* context of 7"):
-            reward(params, self.samples(8))
-
-    def test_of_which_nothing_is_known_is_taken_at_its_word(self) -> None:
-        scorer = self.scorer()._replace(vocab_size=None, context_length=None)
-        params = scorer.init(jax.random.key(0))
-        assert rewards.of_model(scorer, self.POLICY)(params, self.samples(9)).shape == (3,)

@@ -1,33 +1,19 @@
-"""Rewards: Python functions of text in TRL's signature, and reward models.
-
-A Python function fails now and then. `call` raises and says at which prompt; `call_or_mask` leaves
-such samples out and goes on. Where it may hang or take the process with it, a `Worker` runs it in
-a process of its own:
-
-    with rewards.Worker(function, time_limit=30) as reward:
-        scores = rewards.call(reward, prompts, completions)
-"""
+"""Asking a reward function: every score a finite number, every failure named or left out."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jax import Array
 
-from rlhfjax.algorithms import reward_model
-from rlhfjax.algorithms.iteration import Reward
-from rlhfjax.algorithms.reward_worker import Worker
-from rlhfjax.models import same_vocabulary
-from rlhfjax.types import LanguageModel, Params, Rollout, ScalarModel
+from rlhfjax.rewards import arguments
+from rlhfjax.rewards.arguments import TRAINER_STATE, Function, name_of
+from rlhfjax.rewards.errors import Failure, RewardError
 
-__all__ = ["Failure", "RewardError", "Worker", "call", "call_or_mask", "of_model"]
-
-Function = Callable[..., Sequence[float | None]]
 LARGEST = float(np.finfo(np.float32).max)
 MOST_SHOWN = 5
 MOST_SILENT = 3
@@ -35,52 +21,28 @@ SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 100
 
 
-class Failure(NamedTuple):
-    """A sample that got no score.
-
-    Attributes:
-      sample: its number in the batch.
-      prompt: its prompt.
-      reason: what came back.
-    """
-
-    sample: int
-    prompt: Any
-    reason: str
-
-
-class RewardError(ValueError):
-    """A reward function that did not do what it should.
-
-    Attributes:
-      failures: the samples that are known to have failed; `call` looks for the first one only.
-    """
-
-    def __init__(self, message: str, failures: Sequence[Failure]) -> None:
-        super().__init__(message)
-        self.failures = list(failures)
-
-
 def call(
     function: Function, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
 ) -> np.ndarray:
     """Scores of a batch by `function(prompts=…, completions=…, **columns)`.
 
+    The function is given the arguments that it names, and all of them if it has `**kwargs`.
+
     Args:
       function: gives one number a completion, or None where it has no opinion.
-      prompts: B texts.
-      completions: B texts.
-      **columns: further columns of the data, B entries each.
+      prompts: B texts, or lists of messages.
+      completions: B of the same kind.
+      **columns: further columns, B entries each, and TRL's `trainer_state` if there is one.
 
     Returns:
       [B] float32, with NaN where the function returned None: `learn` of every algorithm leaves
       those samples out.
 
     Raises:
-      RewardError: a `ValueError`: the function raised, did not answer in the time of its `Worker`,
-        returned another number of scores than completions, or one that is no finite number. Where
-        the batch failed as a whole the prompts are asked one by one until one fails, and the
-        message names it.
+      RewardError: a `ValueError`: the function needs a column that is not given, raised, did not
+        answer in the time of its `Worker`, returned another number of scores than completions, or
+        one that is no finite number. Where the batch failed as a whole the prompts are asked one by
+        one until one fails, and the message names it.
 
     References:
       TRL's `reward_funcs`.
@@ -104,12 +66,15 @@ def call_or_mask(
 
     Args:
       function: as in `call`.
-      prompts: B texts.
-      completions: B texts.
-      **columns: further columns of the data, B entries each.
+      prompts: as in `call`.
+      completions: as in `call`.
+      **columns: as in `call`.
 
     Returns:
       [B] float32, with NaN where the function failed or returned None.
+
+    Raises:
+      RewardError: the function needs a column that is not given.
     """
     given = {"prompts": prompts, "completions": completions, **columns}
     scores, failures, problem = _ask(function, given, most_failures=len(completions))
@@ -117,31 +82,6 @@ def call_or_mask(
         message = f"{_message(function, failures, problem)}; samples without a score are left out"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return scores
-
-
-def of_model(scorer: ScalarModel, policy: LanguageModel) -> Reward:
-    """`reward_model.score` of prompts with their responses, as the reward of an algorithm.
-
-    Args:
-      scorer: the reward model.
-      policy: whose responses it scores.
-
-    Returns:
-      `(reward_params, rollout) -> scores [B]`, which refuses sequences longer than the scorer's
-      context.
-
-    Raises:
-      ValueError: their vocabularies differ.
-    """
-    same_vocabulary(policy, scorer)
-
-    def reward(params: Params, samples: Rollout) -> Array:
-        first = samples.prompts.shape[1]
-        return reward_model.score(
-            scorer, params, samples.tokens, samples.attention_mask, first=first
-        )
-
-    return reward
 
 
 class _BatchError(Exception):
@@ -184,7 +124,10 @@ def _ask(
         if silent == MOST_SILENT:
             fail(index, f"was not asked after {silent} without an answer")
             continue
-        alone = {name: column[index : index + 1] for name, column in given.items()}
+        alone = {
+            name: column if name == TRAINER_STATE else column[index : index + 1]
+            for name, column in given.items()
+        }
         try:
             take(index, _answers(function, alone)[0])
             silent = 0
@@ -196,16 +139,17 @@ def _ask(
 
 def _answers(function: Function, given: dict[str, Sequence[Any]]) -> list[Any]:
     try:
-        answers = function(**given)
-        listed = list(answers) if isinstance(answers, Iterable) else None
+        answers = arguments.answer(function, given)
+    except RewardError:
+        raise
     except Exception as error:
         raise _BatchError(f"raised {error!r}") from error
-    if listed is None:
+    if not isinstance(answers, list):
         raise _BatchError(f"returned {SHORT.repr(answers)}, which is no list")
     number = len(given["completions"])
-    if len(listed) != number:
-        raise _BatchError(f"returned {len(listed)} scores for {number} completions")
-    return listed
+    if len(answers) != number:
+        raise _BatchError(f"returned {len(answers)} scores for {number} completions")
+    return answers
 
 
 def _number(answer: Any) -> float:
@@ -218,7 +162,6 @@ def _number(answer: Any) -> float:
 
 def _message(function: Function, failures: list[Failure], problem: _BatchError | None) -> str:
     """What went wrong, in the order in which it was found out."""
-    name = getattr(function, "__name__", type(function).__name__)
     found = [
         f"{failure.reason} for sample {failure.sample} (prompt {SHORT.repr(failure.prompt)})"
         for failure in failures[:MOST_SHOWN]
@@ -229,6 +172,6 @@ def _message(function: Function, failures: list[Failure], problem: _BatchError |
         alone = ", ".join(found) or "gave every sample a score"
         found = [f"{problem}; asked for one sample at a time it {alone}"]
     return (
-        f"reward function {name!r} {', '.join(found)}: return one finite number for each "
-        "completion, or None to leave it out"
+        f"reward function {name_of(function)!r} {', '.join(found)}: return one finite number for "
+        "each completion, or None to leave it out"
     )

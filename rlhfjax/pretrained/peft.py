@@ -1,0 +1,233 @@
+"""Adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`.
+
+There an adapter belongs to one matrix of theirs. Of a matrix of ours that joins several of theirs,
+each gets the same A and its own part of B; on the way back theirs become one of the sum of their
+ranks, each with its columns of A and its part of B, unless they share A: then it is as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.checkpoint.together import on_first
+from rlhfjax.models.lora import Adapters
+from rlhfjax.pretrained import reading, writing
+from rlhfjax.pretrained.families import Architecture, UnsupportedError
+from rlhfjax.pretrained.reading import DirectoryError, Stored
+from rlhfjax.pretrained.tensors import Entry
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class Loaded(NamedTuple):
+    """What a directory of PEFT holds.
+
+    Attributes:
+      adapters: for `models.lora`.
+      scale: α / r.
+    """
+
+    adapters: Adapters
+    scale: float
+
+
+# Options that change nothing, or are used below.
+_KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # Others begin with another base than that of the directory.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+
+
+def save(
+    directory: Path | str,
+    adapters: Adapters,
+    architecture: Architecture,
+    *,
+    scale: float,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes adapters so that PEFT loads them on the model that they belong to.
+
+    With several processes all make the call, and the first one writes.
+
+    Args:
+      directory: a new or an empty one.
+      adapters: of projections of the decoder.
+      architecture: of the base.
+      scale: as in `lora.merge`.
+      base: directory or name of the base, which PEFT's `AutoPeftModel` looks for.
+      overwrite: the adapters that are there go when the new ones are whole.
+
+    Raises:
+      FileExistsError: something is there.
+      ValueError: an adapter belongs to no projection.
+    """
+    entries = _projections(architecture)
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for name, adapter in adapters.items():
+        if name not in entries:
+            raise ValueError(f"there is no projection {name!r} among {', '.join(entries)}")
+        a, b = (writing.whole(adapter[part]).astype(np.float32) for part in ("a", "b"))
+        entry = entries[name]
+        parts = [b.T] if architecture.untransposed else entry.split(b)
+        for module, part in zip(_modules(entry), parts, strict=True):
+            tensors |= {f"{PREFIX}{module}.lora_A.weight": a.T}
+            tensors |= {f"{PREFIX}{module}.lora_B.weight": part}
+            ranks[module] = a.shape[1]
+    rank = max(ranks.values())
+    others = {re.escape(module): r for module, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if architecture.head is None else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": others,
+        "alpha_pattern": {module: scale * r for module, r in others.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": architecture.untransposed,
+    }
+    plan = [writing.Planned(name, x.dtype, x.shape) for name, x in tensors.items()]
+
+    def fill() -> None:
+        with writing.new_directory(Path(directory), overwrite=overwrite, config=CONFIG) as folder:
+            writing.write_file(folder / TENSORS, plan, iter(tensors.values()))
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    failed = on_first(fill)
+    if failed is not None:
+        raise failed
+
+
+def load(directory: Path | str, architecture: Architecture) -> Loaded:
+    """Reads adapters that PEFT, or `save`, has written.
+
+    Args:
+      directory: with `adapter_config.json` and `adapter_model.safetensors`.
+      architecture: of the base.
+
+    Returns:
+      adapters and their scale.
+
+    Raises:
+      DirectoryError: a file is not as it should be, or a tensor belongs to no projection.
+      UnsupportedError: an option would change the result and is not supported.
+    """
+    directory = Path(directory)
+    config = reading.json_of(directory / CONFIG)
+    _check(config)
+    file = directory / TENSORS
+    if not file.is_file():
+        raise DirectoryError(f"{file}: no such file")
+    stored = reading.header(file)
+    scale = _scale(config, "", config["r"])
+    adapters = {}
+    for name, entry in _projections(architecture).items():
+        found = {}
+        for module, shape in zip(_modules(entry), entry.shapes, strict=True):
+            sizes = shape if architecture.untransposed else shape[::-1]
+            pair = _pair(stored, module, *sizes, file=file)
+            if pair is not None:
+                a, b = pair
+                found[module] = a, b * np.float32(_scale(config, module, len(a)) / scale)
+        if found:
+            a, b = _joined(entry, found, untransposed=architecture.untransposed)
+            adapters[name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    for tensor in stored:
+        raise DirectoryError(f"{file}: {tensor} belongs to no projection of the model")
+    return Loaded(adapters, scale)
+
+
+def _projections(architecture: Architecture) -> dict[str, Entry]:
+    """Path of an adapter → the kernel that it belongs to."""
+    entries = (entry for entry in architecture.entries if entry.path[-1] == "kernel")
+    return {"/".join(entry.path[:-1]): entry for entry in entries}
+
+
+def _modules(entry: Entry) -> list[str]:
+    return [name.removesuffix(".weight") for name in entry.names]
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    for name, only in _ONLY.items():
+        if config.get(name, only[0]) not in only:
+            raise UnsupportedError(f"{name} {config[name]!r} is none of {only}")
+    for name, x in config.items():
+        # What is new in PEFT is off unless it is asked for.
+        if x and name not in _KNOWN | _ONLY.keys():
+            raise UnsupportedError(f"{name} {x!r} is not supported")
+    for name in ("r", "lora_alpha"):
+        if type(config.get(name)) not in (int, float) or not config[name] > 0:
+            raise UnsupportedError(f"{name} {config.get(name)!r} is no positive number")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """α / r of a module, or α / √r."""
+    alphas = config.get("alpha_pattern") or {}
+    fits = (x for pattern, x in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha = next(fits, config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _pair(
+    stored: dict[str, Stored], module: str, inputs: int, outputs: int, *, file: Path
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A [r, in] and B [out, r] of a module, which then are no longer in `stored`."""
+    names = [f"{PREFIX}{module}.lora_{part}.weight" for part in "AB"]
+    if not any(name in stored for name in names):
+        return None
+    for name in names:
+        if name not in stored:
+            raise DirectoryError(f"{file}: {name} is missing")
+        if stored[name].dtype not in reading.FLOATING:
+            raise DirectoryError(f"{file}: {name} is {stored[name].dtype}, and cannot be trained")
+    a, b = (stored.pop(name) for name in names)
+    rank = a.shape[0] if a.shape else 0
+    for tensor, shape in ((a, (rank, inputs)), (b, (outputs, rank))):
+        if tensor.shape != shape:
+            raise DirectoryError(
+                f"{file}: {tensor.name} has the shape {list(tensor.shape)}, not {list(shape)}"
+            )
+    return reading.read(a, jnp.float32), reading.read(b, jnp.float32)
+
+
+def _joined(
+    entry: Entry, found: Mapping[str, tuple[np.ndarray, np.ndarray]], *, untransposed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """a [in, r] and b [r, out] of our matrix."""
+    modules = _modules(entry)
+    first = next(iter(found.values()))[0]
+    if len(found) == len(modules) and all(np.array_equal(a, first) for a, _ in found.values()):
+        a, parts = first, [found[module][1] for module in modules]
+    else:
+        a = np.concatenate([found[module][0] for module in modules if module in found])
+        parts, before = [], 0
+        for module, shape in zip(modules, entry.shapes, strict=True):
+            part = np.zeros((shape[0], len(a)), np.float32)
+            if module in found:
+                b = found[module][1]
+                part[:, before : before + b.shape[1]] = b
+                before += b.shape[1]
+            parts.append(part)
+    return a.T, parts[0].T if untransposed else entry.join(parts)
