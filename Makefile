@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lock clean
+.PHONY: help demo test parity lock clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -20,16 +20,19 @@ demo: $(READY) ## train on generated text; results in runs/demo
 # Most of the time goes into compiling small programs that run once: without LLVM's optimisation,
 # and with the older writer of fused loops, half as much. What is fused and in which order of
 # operations is decided before that, as for users.
-test: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test parity: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 # What one test has compiled another need not, nor the next run.
-test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test parity: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
+test parity: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: $(READY) ## formatting, lint, types, all tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy rlhfjax
 	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile \
 	  --no-loadscope-reorder
+
+parity: $(VENV)/.parity ## models and data against transformers and PEFT
+	$(RUN) -m pytest -q tests/parity tests/data/test_records.py
 
 lock: $(READY) ## resolve requirements.lock anew
 	$(RUN) -m pip install --quiet uv
@@ -47,6 +50,11 @@ $(READY): pyproject.toml requirements.lock | $(RUN)
 	$(RUN) -m pip install --quiet -r requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(READY)
+
+$(VENV)/.parity: $(READY)
+	@echo "installing torch, transformers and peft into $(VENV)"
+	$(RUN) -m pip install --quiet --constraint requirements.lock --no-build-isolation -e '.[parity]'
+	@touch $@
 
 # A name on the path proves nothing (a version manager's shim may fail, a distribution may leave
 # out ensurepip), so each candidate is tried.

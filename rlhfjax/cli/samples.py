@@ -59,6 +59,29 @@ def write_samples(
     Path(path).write_text("# Samples\n\n" + HEADER + "".join(lines), encoding="utf-8")
 
 
+def write_completions(
+    path: Path, prompts: Sequence[str], completions: Sequence[str], scores: ArrayLike
+) -> None:
+    """Writes a Markdown table of an iteration's samples, a row a sample.
+
+    Args:
+      path: the file, replaced if it exists; its folder is made.
+      prompts: N prompts.
+      completions: N completions.
+      scores: [N], NaN where there is none.
+
+    Raises:
+      ValueError: arguments of unequal lengths.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"| {_cell(prompt)} | {_cell(completion)} | {score:+.3g} |\n"
+        for prompt, completion, score in zip(prompts, completions, np.asarray(scores), strict=True)
+    ]
+    header = "| prompt | completion | score |\n|---|---|---|\n"
+    path.write_text(header + "".join(lines), encoding="utf-8")
+
+
 def _cell(text: str) -> str:
     escaped = MARKUP.sub(r"\\\1", text.strip())
     return UNPRINTABLE.sub(lambda match: f"\\\\x{ord(match[0]):02x}", escaped)

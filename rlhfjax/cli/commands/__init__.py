@@ -1,0 +1,1 @@
+"""What the commands do; `rlhfjax.cli.main` says which module is whose."""

@@ -1,0 +1,98 @@
+"""What scores completions: functions by name, and directories of reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhfjax import pretrained, rewards, sharding
+from rlhfjax.algorithms import reward_model
+from rlhfjax.cli import arguments
+from rlhfjax.cli.commands import training
+from rlhfjax.data import formats, tokenized
+from rlhfjax.types import ScalarModel
+
+CALLS = {"raise": rewards.call, "mask": rewards.call_or_mask}
+ROWS_AT_ONCE = 32
+
+
+@contextmanager
+def opened(args: arguments.Online, source: Any, mesh: Any) -> Iterator[rewards.Combined]:
+    """The rewards that `--reward_funcs` names, as one.
+
+    Args:
+      args: what was asked.
+      source: the policy's directory.
+      mesh: the devices.
+
+    Yields:
+      `(prompts, completions, **columns) -> (scores, metrics)`.
+    """
+    with named(
+        args.reward_funcs, mesh, weights=args.reward_weights or None,
+        time_limit=args.reward_time_limit, call=CALLS[args.reward_failures],
+    ) as judge:  # fmt: skip
+        yield judge
+
+
+@contextmanager
+def named(names: Sequence[str], mesh: Any, **more: Any) -> Iterator[rewards.Combined]:
+    """`rewards.Combined` of functions and of reward models' directories."""
+    functions = [_of_directory(Path(x), mesh) if Path(x).is_dir() else x for x in names]
+    with rewards.Combined(functions, **more) as judge:
+        yield judge
+
+
+def ask(
+    judge: rewards.Combined, examples: Sequence[formats.Prompt], texts: Sequence[str], **more: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Scores of completions, one to each prompt.
+
+    Args:
+      judge: the rewards.
+      examples: the prompts, with further columns for the functions.
+      texts: their completions.
+      **more: further arguments of the functions.
+
+    Returns:
+      [B] scores, NaN where there is none, and metrics.
+    """
+    prompts = [example.prompt for example in examples]
+    names = sorted({name for example in examples for name in example.columns})
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    return judge(prompts, rewards.completions_to(prompts, texts), **columns, **more)
+
+
+def _of_directory(directory: Path, mesh: Any) -> rewards.Function:
+    source = pretrained.load_scalar(directory, mesh=mesh)
+    tokenizer, template = training.tokenizer_of(source), training.template_of(source)
+    score = jax.jit(partial(_scores, source.model))
+
+    def score_tokens(tokens: Any, mask: Any) -> Any:
+        return score(source.params, *sharding.rows((tokens, mask), mesh))
+
+    def encode(prompt: formats.Content, completion: formats.Content) -> list[int]:
+        example = formats.Completion(prompt=prompt, completion=completion)
+        (item,), _ = tokenized.responses(
+            [example], tokenizer, template=template, may_lack_prompt=True
+        )
+        return [*item.prompt, *item.responses[0]]
+
+    return rewards.of_texts(
+        score_tokens,
+        encode,
+        length=source.model.context_length or 1 << 30,
+        batch_size=ROWS_AT_ONCE,
+        pad_token=tokenizer.pad_token,
+        name=directory.name,
+    )
+
+
+def _scores(model: ScalarModel, params: Any, tokens: Any, mask: Any) -> Any:
+    return sharding.whole(reward_model.score(model, params, tokens, mask))

@@ -1,0 +1,127 @@
+"""`rlhfjax dpo`, `orpo`, `simpo`, `kto`: learning from preferences directly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhfjax import sharding
+from rlhfjax.algorithms import dpo, kto, orpo, simpo
+from rlhfjax.cli import arguments
+from rlhfjax.cli.commands import training
+from rlhfjax.data import formats, tokenized
+from rlhfjax.data.cursor import batches_from
+from rlhfjax.data.example_batches import ResponseBatch, response_batches, shapes
+
+
+class Method(NamedTuple):
+    """One of the methods.
+
+    Attributes:
+      algorithm: its module.
+      hyper: its numbers.
+      formats: of the data that it learns from.
+      batch: what its step takes of a batch.
+      has_reference: whether it asks what another policy thinks.
+    """
+
+    algorithm: Any
+    hyper: Any
+    formats: Sequence[formats.Format]
+    batch: Callable[[ResponseBatch], Any]
+    has_reference: bool
+
+
+def run(args: Any) -> None:
+    """Trains a policy."""
+    method = METHODS[type(args)](args)
+    algorithm = method.algorithm
+    with training.opened(args, method.formats) as session:
+        mesh = session.run.mesh
+        source = training.load(args, mesh, remat=args.gradient_checkpointing)
+        tokenizer = training.tokenizer_of(source)
+        policy = training.policy(args, source, jax.random.key(args.seed))
+        data = session.tokenized(
+            tokenized.responses,
+            tokenizer=tokenizer,
+            template=training.template_of(source, args.chat_template_path),
+            max_prompt_length=args.max_prompt_length,
+            max_length=min(args.max_length, source.model.context_length),
+        )
+        room = shapes(data.items, num_buckets=training.NUM_BUCKETS)
+
+        def epoch(number: int, start: int) -> Iterator[Any]:
+            batches = response_batches(
+                data.epoch(number), batch_size=session.batch_size, shapes=room,
+                pad_token=tokenizer.pad_token, seed=args.seed, epoch=number, start=start,
+                part=sharding.part_of_process(mesh),
+            )  # fmt: skip
+            return map(method.batch, batches)
+
+        num_steps = session.num_steps(sum(1 for _ in epoch(0, 0)))
+        optimizer = training.optimizer(args, num_steps)
+        update = policy.compiled(
+            partial(
+                algorithm.make_step,
+                optimizer=optimizer,
+                num_micro_batches=args.gradient_accumulation_steps,
+            )
+        )
+        reference = policy.ref_params if method.has_reference else None
+
+        def step(state: Any, batch: Any) -> Any:
+            rows = sharding.rows_of_process(batch, mesh)
+            return update(state, rows, reference, method.hyper)
+
+        trained = session.train(
+            algorithm.__name__.rpartition(".")[2],
+            lambda params: algorithm.init(params, optimizer),
+            policy.params,
+            step=step,
+            batches=partial(batches_from, epoch=epoch),
+            num_steps=num_steps,
+            show={"loss": "loss", "margin": "rewards/margins"},
+        )
+        policy.save(args.output_dir / "export", trained.state.params)
+        training.finish(session, trained)
+
+
+def _pairs(algorithm: Any, hyper: Any, *, has_reference: bool) -> Method:
+    return Method(algorithm, hyper, formats.PREFERENCES, lambda batch: batch.pairs, has_reference)
+
+
+def _dpo(args: arguments.DPO) -> Method:
+    hyper = dpo.Hyperparameters(beta=args.beta, label_smoothing=args.label_smoothing)
+    return _pairs(dpo, hyper, has_reference=True)
+
+
+def _orpo(args: arguments.ORPO) -> Method:
+    return _pairs(orpo, orpo.Hyperparameters(beta=args.beta), has_reference=False)
+
+
+def _simpo(args: arguments.SimPO) -> Method:
+    hyper = simpo.Hyperparameters(beta=args.beta, margin=args.simpo_gamma)
+    return _pairs(simpo, hyper, has_reference=False)
+
+
+def _kto(args: arguments.KTO) -> Method:
+    hyper = kto.Hyperparameters(
+        beta=args.beta,
+        desirable_weight=args.desirable_weight,
+        undesirable_weight=args.undesirable_weight,
+    )
+
+    return Method(
+        kto, hyper, (formats.UNPAIRED,), lambda batch: batch.labelled(batch.labels[:, None]), True
+    )
+
+
+METHODS: dict[type, Callable[[Any], Method]] = {
+    arguments.DPO: _dpo,
+    arguments.ORPO: _orpo,
+    arguments.SimPO: _simpo,
+    arguments.KTO: _kto,
+}

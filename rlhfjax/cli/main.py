@@ -1,0 +1,135 @@
+"""The command line: `rlhfjax COMMAND --help` explains each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhfjax.cli import arguments
+
+
+class Command(NamedTuple):
+    """A command: what may be asked of it, and the module whose `run(arguments)` does it."""
+
+    arguments: type
+    module: str
+
+
+COMMANDS = {
+    "sft": Command(arguments.SFT, "sft"),
+    "reward": Command(arguments.Reward, "reward"),
+    "ppo": Command(arguments.PPO, "online"),
+    "grpo": Command(arguments.GRPO, "online"),
+    "rloo": Command(arguments.RLOO, "online"),
+    "dpo": Command(arguments.DPO, "preference"),
+    "kto": Command(arguments.KTO, "preference"),
+    "orpo": Command(arguments.ORPO, "preference"),
+    "simpo": Command(arguments.SimPO, "preference"),
+    "generate": Command(arguments.Generate, "generate"),
+    "evaluate": Command(arguments.Evaluate, "evaluate"),
+    "export": Command(arguments.Export, "export"),
+    "env": Command(arguments.Env, "env"),
+}
+
+
+class UsageError(Exception):
+    """What was asked cannot be done; says why and what to ask instead."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+      argv: its name and its flags; those of the process if None.
+    """
+    name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(summary())
+        return
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, 1)
+        sys.exit(f"rlhfjax: no command {name!r}; " + (f"{near[0]!r}?" if near else summary()))
+    try:
+        asked = parse(name, flags)
+        print(f"rlhfjax {name}: starting", file=sys.stderr, flush=True)
+        import_module(f"rlhfjax.cli.commands.{COMMANDS[name].module}").run(asked)
+    except (UsageError, ValueError, OSError) as error:
+        sys.exit(f"rlhfjax {name}: {error}")
+
+
+def summary() -> str:
+    """All commands, a line each."""
+    lines = (
+        f"  {name:<9} {(of.arguments.__doc__ or '').splitlines()[0]}"
+        for name, of in COMMANDS.items()
+    )
+    return "\n".join(["usage: rlhfjax COMMAND [--help] [--flag value ...]", "", *lines])
+
+
+def parse(name: str, flags: Sequence[str]) -> Any:
+    """Flags, and those of a `--config` file before them, as the arguments of a command.
+
+    Args:
+      name: of the command.
+      flags: as on the command line.
+
+    Returns:
+      an instance of its class in `arguments`.
+
+    Raises:
+      UsageError: a configuration file that cannot be read, or with a name that is none.
+      SystemExit: flags that are wrong, which is explained, or a call for help.
+    """
+    import tyro
+
+    kind = COMMANDS[name].arguments
+    given = [*flags_of(configuration(flags), kind), *flags]
+    return tyro.cli(
+        kind,
+        prog=f"rlhfjax {name}",
+        args=given,
+        use_underscores=True,
+    )
+
+
+def configuration(flags: Sequence[str]) -> Path | None:
+    """The file that `--config` names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser.parse_known_args(flags)[0].config
+
+
+def flags_of(file: Path | None, kind: type) -> list[str]:
+    """A YAML file as the flags that say the same."""
+    if file is None:
+        return []
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: must be a mapping of names to values, is {content!r}")
+    known = [field.name for field in fields(kind)]
+    flags = []
+    for name, value in content.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            hint = f"; {near[0]!r}?" if near else ""
+            raise UsageError(f"{file}: {name!r} is no flag of this command{hint}")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+if __name__ == "__main__":
+    main()

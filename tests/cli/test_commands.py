@@ -1,0 +1,255 @@
+"""Every command from a model directory and a file of records to what it leaves behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from experiments import new_model
+from rlhfjax import pretrained
+from rlhfjax.cli.commands.evaluate import best_of, win_rate
+from rlhfjax.cli.main import main
+
+pytestmark = pytest.mark.slow
+GOOD, BAD = "a fine day", "a grim night"
+PROMPTS = ["they saw", "we had", "it was", "there came"]
+SMALL = ["--per_device_train_batch_size", "4", "--learning_rate", "0.03", "--save_steps", "100"]
+ONLINE = [
+    "--per_device_train_batch_size", "8", "--learning_rate", "0.03", "--max_completion_length", "6",
+    "--max_steps", "3", "--log_completions_steps", "2",
+]  # fmt: skip
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    pairs = [{"prompt": p, "chosen": f" {GOOD}", "rejected": f" {BAD}"} for p in PROMPTS * 2]
+    write(folder / "pairs.jsonl", *pairs)
+    write(folder / "prompts.jsonl", *({"prompt": p, "word": "fine"} for p in PROMPTS))
+    write(folder / "texts.jsonl", *({"text": f"{p} {GOOD}"} for p in PROMPTS))
+    (folder / "rewards.py").write_text(
+        "def length(completions): return [len(c) / 10 for c in completions]\n"
+        "def says(completions, word):\n"
+        "    return [None if w is None else float(w in c) for c, w in zip(completions, word)]\n"
+    )
+    new_model.main(
+        new_model.Args(
+            text=folder / "pairs.jsonl", out=folder / "model", vocab=270, context=32, width=16,
+            layers=1, heads=2,
+        )
+    )  # fmt: skip
+    return folder
+
+
+def run(folder: Path, name: str, data: str, *flags: str, out: str | None = None) -> Path:
+    where = folder / (out or name)
+    model = () if "--model_name_or_path" in flags else ("--model_name_or_path", folder / "model")
+    given = (*model, "--dataset_name", folder / data, "--output_dir", where, *flags)
+    main([name, *map(str, given)])
+    return where
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Path:
+    return run(folder, "sft", "texts.jsonl", *SMALL, "--num_train_epochs", "80")
+
+
+@pytest.fixture(scope="module")
+def rewarded(folder: Path) -> Path:
+    flags = [*SMALL, "--num_train_epochs", "10", "--eval_fraction", "0.4"]
+    return run(folder, "reward", "pairs.jsonl", *flags)
+
+
+class TestTraining:
+    def test_fine_tuning_learns_the_texts(self, tuned: Path) -> None:
+        losses = [row["loss"] for row in rows(tuned)]
+        assert len(losses) == 80
+        assert losses[-1] < 0.1 * losses[0]
+        assert pretrained.load(tuned / "export").tokenizer is not None
+
+    def test_the_directory_tells_all_of_it(self, tuned: Path) -> None:
+        assert {path.name for path in tuned.iterdir()} == {
+            "config.yaml", "env.json", "metrics.jsonl", "summary.json", "tensorboard",
+            "checkpoints", "export",
+        }  # fmt: skip
+        config = yaml.safe_load((tuned / "config.yaml").read_text())
+        assert config["num_train_epochs"] == 80
+        assert json.loads((tuned / "env.json").read_text())["backend"] == "cpu"
+        assert list((tuned / "tensorboard").iterdir())
+
+    def test_its_configuration_begins_the_same_run(self, folder: Path, tuned: Path) -> None:
+        again = folder / "again"
+        config = yaml.safe_load((tuned / "config.yaml").read_text())
+        main(["sft", "--config", str(tuned / "config.yaml"), "--output_dir", str(again)])
+        assert config["learning_rate"] == 0.03
+        assert rows(again) == rows(tuned)
+
+    def test_packed_texts_are_learned_as_well(self, folder: Path) -> None:
+        flags = [*SMALL, "--packing", "--num_train_epochs", "20"]
+        losses = [row["loss"] for row in rows(run(folder, "sft", "texts.jsonl", *flags, out="p"))]
+        assert losses[-1] < 0.6 * losses[0]
+
+    def test_a_reward_model_is_right_on_pairs_held_out(self, rewarded: Path) -> None:
+        summary = json.loads((rewarded / "summary.json").read_text())
+        assert summary["eval/accuracy"] == 1.0
+        assert 0 < summary["eval/num_pairs"] < 8
+        assert pretrained.load_scalar(rewarded / "export").model.vocab_size == 270
+
+    @pytest.mark.parametrize(
+        "records",
+        [
+            [{"prompt": p, "completions": [f" {GOOD}", " a day", f" {BAD}"]} for p in PROMPTS],
+            [{"text": f"{p} {x}", "rating": r} for p in PROMPTS for x, r in ((GOOD, 5), (BAD, 1))],
+            [{"text": f"{p} {x}", "label": c} for p in PROMPTS for x, c in ((GOOD, 2), (BAD, 0))],
+        ],
+        ids=["rankings", "ratings", "classes"],
+    )
+    def test_other_judgements_make_reward_models_too(
+        self, folder: Path, tmp_path: Path, records: list[dict[str, Any]]
+    ) -> None:
+        write(tmp_path / "records.jsonl", *records)
+        flags = [*SMALL, "--num_train_epochs", "12", "--learning_rate", "0.005"]
+        out = run(
+            folder, "reward", str(tmp_path / "records.jsonl"), *flags, out=str(tmp_path / "o")
+        )
+        losses = [row["loss"] for row in rows(out)]
+        assert losses[-1] < 0.8 * losses[0]
+
+    @pytest.mark.parametrize("name", ["dpo", "orpo", "simpo"])
+    def test_preferences_move_the_policy(self, folder: Path, name: str) -> None:
+        flags = [*SMALL, "--num_train_epochs", "6", "--learning_rate", "0.01"]
+        margins = [row["rewards/margins"] for row in rows(run(folder, name, "pairs.jsonl", *flags))]
+        assert margins[-1] > margins[0]
+
+    def test_so_do_completions_that_are_good_or_bad(self, folder: Path, tmp_path: Path) -> None:
+        data = write(
+            tmp_path / "unpaired.jsonl",
+            *(
+                {"prompt": p, "completion": f" {x}", "label": x == GOOD}
+                for p in PROMPTS
+                for x in (GOOD, BAD)
+            ),
+        )
+        out = run(folder, "kto", data, *SMALL, "--num_train_epochs", "4", out=str(tmp_path / "o"))
+        margins = [row["rewards/margins"] for row in rows(out)]
+        assert margins[-1] > margins[0]
+
+
+class TestOnline:
+    def test_ppo_from_a_function(self, folder: Path) -> None:
+        flags = ["--reward_funcs", f"{folder}/rewards.py:length", *ONLINE, "--max_steps", "24"]
+        out = run(folder, "ppo", "prompts.jsonl", *flags)
+        scores = [row["objective/scores"] for row in rows(out)]
+        assert np.mean(scores[-6:]) > 1.2 * np.mean(scores[:6])
+        assert {path.name for path in (out / "samples").iterdir()} == {
+            f"{n:06d}.md" for n in range(1, 24, 2)
+        }
+
+    def test_several_rewards_with_weights_and_columns(self, folder: Path, rewarded: Path) -> None:
+        flags = [
+            "--reward_funcs", f"{folder}/rewards.py:length", f"{folder}/rewards.py:says",
+            str(rewarded / "export"), "--reward_weights", "1", "2", "0.5", "--num_generations", "4",
+        ]  # fmt: skip
+        out = run(folder, "grpo", "prompts.jsonl", *flags, *ONLINE)
+        row = rows(out)[-1]
+        parts = row["rewards/length/mean"], row["rewards/says/mean"], row["rewards/export/mean"]
+        np.testing.assert_allclose(np.dot(parts, [1, 2, 0.5]), row["objective/scores"], atol=1e-5)
+
+    def test_an_adapter_alone_is_trained_and_merged(self, folder: Path) -> None:
+        flags = ["--reward_funcs", f"{folder}/rewards.py:length", *ONLINE, "--use_peft"]
+        out = run(folder, "rloo", "prompts.jsonl", *flags, "--lora_r", "2")
+        assert (out / "export" / "adapter_model.safetensors").is_file()
+        merged = folder / "merged"
+        main(
+            ["export", "--model_name_or_path", str(folder / "model"), "--adapter",
+             str(out / "export"), "--output_dir", str(merged)]
+        )  # fmt: skip
+        before, after = pretrained.load(folder / "model"), pretrained.load(merged)
+        qkv = [np.asarray(x.params["layers_0"]["qkv"]["kernel"]) for x in (before, after)]
+        assert 0 < np.abs(qkv[1] - qkv[0]).max() < 0.5
+
+    def test_asked_to_stop_it_goes_on_to_the_same_end(self, folder: Path) -> None:
+        flags = ["--reward_funcs", f"{folder}/stopping.py", *ONLINE]
+        stop = "import os, signal\nos.path.exists({0!r}) or (open({0!r}, 'w').close(), {1})\n"
+        asks = f"os.kill({os.getpid()}, signal.SIGTERM)"
+        reward = "def reward(completions): return [float(len(c)) for c in completions]\n"
+        (folder / "stopping.py").write_text(reward)
+        whole = run(folder, "rloo", "prompts.jsonl", *flags, out="whole")
+        # The process of the reward asks its parent to stop when it is first imported.
+        (folder / "stopping.py").write_text(stop.format(str(folder / "asked"), asks) + reward)
+        listening = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                run(folder, "rloo", "prompts.jsonl", *flags, out="parts")
+        finally:
+            signal.signal(signal.SIGTERM, listening)
+        assert end.value.code == 75
+        parts = run(folder, "rloo", "prompts.jsonl", *flags, "--resume", out="parts")
+        assert rows(parts) == rows(whole)
+
+
+class TestAsking:
+    def test_completions_are_written_as_lines(
+        self, folder: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = ["--model_name_or_path", str(tuned / "export"), "--temperature", "0"]
+        main(["generate", *model, "--prompts", *PROMPTS[:2], "--max_new_tokens", "8"])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["prompt"] for line in lines] == PROMPTS[:2]
+        assert [line["completion"] for line in lines] == [f" {GOOD}"] * 2
+
+    def test_a_policy_is_compared_with_its_beginning(self, folder: Path, tuned: Path) -> None:
+        out = folder / "evaluation"
+        main(
+            ["evaluate", "--model_name_or_path", str(tuned / "export"),
+             "--baseline_name_or_path", str(folder / "model"),
+             "--dataset_name", str(folder / "prompts.jsonl"),
+             "--judge", f"{folder}/rewards.py:says", "--best_of", "3", "--max_new_tokens", "8",
+             "--output_dir", str(out)]
+        )  # fmt: skip
+        found = json.loads((out / "evaluation.json").read_text())
+        assert found["policy"]["reward"]["mean"] > 0.5 > found["baseline"]["reward"]["mean"]
+        assert found["win_rate"]["mean"] > 0.7
+        assert found["policy"]["kl"]["mean"] > abs(found["baseline"]["kl"]["mean"])
+        assert (out / "best_of_n.png").read_bytes().startswith(b"\x89PNG")
+        assert len((out / "completions.jsonl").read_text().splitlines()) == len(PROMPTS)
+
+    def test_best_of_n_is_the_mean_over_all_choices(self) -> None:
+        assert best_of(np.array([[1.0, 3.0, 2.0]])) == pytest.approx([2.0, 8 / 3, 3.0])
+
+    def test_win_rate_counts_ties_half(self) -> None:
+        found = win_rate(np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [1.0, np.nan]]))
+        assert found["mean"] == pytest.approx(7 / 8)
+        assert found["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("sft", ["--dataset_weights", "1", "2"], "--dataset_weights has 2 numbers for 1"),
+        ("sft", ["--rename", "text"], "--rename text: write each as old=new"),
+        ("dpo", [], "none of the formats"),
+        ("reward", ["--use_peft"], "leave out --use_peft"),
+        ("sft", ["--eval_fraction", "1"], "leaves no record"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    folder: Path, tmp_path: Path, name: str, flags: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(folder, name, "texts.jsonl", *flags, out=str(tmp_path / "out"))
+    assert said in str(end.value)
