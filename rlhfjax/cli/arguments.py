@@ -180,7 +180,7 @@ class Online(Training):
     max_prompt_length: int = 512
     """Longer prompts lose their beginning."""
     max_completion_length: int = 256
-    """Tokens of a completion."""
+    """Tokens of a completion, as far as the context has room for them."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
     num_mini_batches: int = 1
@@ -193,6 +193,7 @@ class Online(Training):
 class PPO(Online):
     """Proximal policy optimisation, with a value model."""
 
+    learning_rate: float = 3e-6
     num_ppo_epochs: int = 4
     """Passes over an iteration's samples."""
     kl_coef: float = 0.05

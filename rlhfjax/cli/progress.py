@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
-FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 FORMAT_WITH_BAR = "{desc}: {percentage:3.0f}%|{bar}| " + FORMAT.removeprefix("{desc}: ")
 
 
@@ -23,7 +23,7 @@ def progress(
     done: int = 0,
     stream: TextIO | None = None,
 ) -> Iterator[Callable[..., None]]:
-    """Shows how far a stage is, the time left, and the few numbers that matter.
+    """Shows how far a stage is, the time left, how fast it goes, and the few numbers that matter.
 
     On a terminal this is a bar in place. Anywhere else it is a plain line at the first step,
     every 15 seconds, and at the end.
@@ -46,6 +46,7 @@ def progress(
         total=total,
         initial=done,
         desc=description,
+        unit="step",
         file=out if terminal else io.StringIO(),
         mininterval=0.1 if terminal else math.inf,
         dynamic_ncols=terminal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlhfjax.cli.samples import write_completions
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.cursor import batches_from
 from rlhfjax.data.example_batches import PromptBatch, prompt_batches
+from rlhfjax.data.tokenized import Tokenized
 from rlhfjax.pretrained import Tokenizer
 from rlhfjax.types import LanguageModel, Params, Rollout
 
@@ -63,9 +65,9 @@ def run(args: Any) -> None:
             template=training.template_of(source, args.chat_template_path),
             max_prompt_length=args.max_prompt_length,
         )
-        length = -(-max(len(item.prompt) for item in data.items) // MULTIPLE) * MULTIPLE
+        length, num_tokens = lengths(args, data.items, source.model.context_length)
         width = source.architecture.config.width
-        learner = LEARNERS[type(args)](args, tokenizer, width)
+        learner = LEARNERS[type(args)](args, tokenizer, num_tokens, width)
         num_prompts, rest = divmod(session.batch_size * args.num_mini_batches, learner.group_size)
         if rest:
             raise ValueError(
@@ -122,6 +124,25 @@ def run(args: Any) -> None:
         training.finish(session, trained)
 
 
+def lengths(args: arguments.Online, items: list[Tokenized], context: int) -> tuple[int, int]:
+    """Of prompts and of completions in tokens; completions get what the context leaves."""
+    longest = max(len(item.prompt) for item in items)
+    length = min(-(-longest // MULTIPLE) * MULTIPLE, max(longest, context - 1))
+    num_tokens = min(args.max_completion_length, context - length)
+    if num_tokens < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in a context of {context}: "
+            "lower --max_prompt_length"
+        )
+    if num_tokens < args.max_completion_length:
+        print(
+            f"completions have {num_tokens} tokens and not --max_completion_length "
+            f"{args.max_completion_length}: the context has {context}, prompts up to {length}",
+            file=sys.stderr,
+        )
+    return length, num_tokens
+
+
 def scored(
     judge: rewards.Combined, tokenizer: Tokenizer, asked: list[formats.Prompt], samples: Rollout
 ) -> tuple[list[str], np.ndarray, dict[str, float]]:
@@ -158,9 +179,9 @@ def write_table(
         write_completions(out / "samples" / f"{number:06d}.md", prompts, texts, scores)
 
 
-def _lengths(args: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+def _config(args: Any, tokenizer: Tokenizer, num_tokens: int) -> dict[str, Any]:
     return {
-        "num_tokens": args.max_completion_length,
+        "num_tokens": num_tokens,
         "pad_token": tokenizer.pad_token,
         "end_token": tokenizer.end_tokens[0] if tokenizer.end_tokens else None,
         "num_minibatches": args.num_mini_batches,
@@ -168,7 +189,7 @@ def _lengths(args: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _ppo(args: arguments.PPO, tokenizer: Tokenizer, width: int) -> Learner:
+def _ppo(args: arguments.PPO, tokenizer: Tokenizer, num_tokens: int, width: int) -> Learner:
     head = models.linear_head(width, stddev=0.0)
 
     def build(model: LanguageModel) -> models.ActorCritic:
@@ -193,13 +214,15 @@ def _ppo(args: arguments.PPO, tokenizer: Tokenizer, width: int) -> Learner:
         value_coef=args.vf_coef,
         kl_horizon=jnp.inf,
     )
-    config = ppo.Config(**_lengths(args, tokenizer), num_epochs=args.num_ppo_epochs)
+    config = ppo.Config(**_config(args, tokenizer, num_tokens), num_epochs=args.num_ppo_epochs)
     return Learner(ppo, config, hyper, build, start, lambda params: params["policy"], 1)
 
 
-def _grouped(algorithm: Any, hyper: Any, args: arguments.Grouped, tokenizer: Tokenizer) -> Learner:
+def _grouped(
+    algorithm: Any, hyper: Any, args: arguments.Grouped, tokenizer: Tokenizer, num_tokens: int
+) -> Learner:
     config = algorithm.Config(
-        **_lengths(args, tokenizer),
+        **_config(args, tokenizer, num_tokens),
         num_epochs=args.num_iterations,
         group_size=args.num_generations,
     )
@@ -209,16 +232,16 @@ def _grouped(algorithm: Any, hyper: Any, args: arguments.Grouped, tokenizer: Tok
     )  # fmt: skip
 
 
-def _grpo(args: arguments.GRPO, tokenizer: Tokenizer, width: int) -> Learner:
+def _grpo(args: arguments.GRPO, tokenizer: Tokenizer, num_tokens: int, _: int) -> Learner:
     hyper = grpo.Hyperparameters(
         temperature=args.temperature, kl_coef=args.beta, clip_range=args.epsilon
     )
-    return _grouped(grpo, hyper, args, tokenizer)
+    return _grouped(grpo, hyper, args, tokenizer, num_tokens)
 
 
-def _rloo(args: arguments.RLOO, tokenizer: Tokenizer, width: int) -> Learner:
+def _rloo(args: arguments.RLOO, tokenizer: Tokenizer, num_tokens: int, _: int) -> Learner:
     hyper = rloo.Hyperparameters(temperature=args.temperature, kl_coef=args.beta)
-    return _grouped(rloo, hyper, args, tokenizer)
+    return _grouped(rloo, hyper, args, tokenizer, num_tokens)
 
 
 LEARNERS: dict[type, Callable[..., Learner]] = {
