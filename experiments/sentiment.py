@@ -349,8 +349,8 @@ def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict
         "versions": checkpoint.versions(),
     }
     if args.algorithm == "ppo":
-        worst = max(row["ppo/first_ratio_error"] for row in trained.rows)
-        summary["ppo/first_ratio_error"] = worst
+        errors = [row["ppo/first_ratio_error"] for row in trained.rows]
+        summary["ppo/first_ratio_error"] = None if None in errors else max(errors)
     run.write("summary.json", summary)
     return summary
 

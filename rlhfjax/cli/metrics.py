@@ -15,6 +15,9 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from rlhfjax.checkpoint import write_text
+from rlhfjax.checkpoint.files import sync
+
 RESERVED = ("stage", "step")
 NEWLINE = b"\n"
 
@@ -58,6 +61,7 @@ class MetricsLog:
         self._write()
         if self.path.is_file():
             os.fsync(self._file.fileno())
+            sync(self.path.parent)
 
     def _write(self) -> None:
         try:
@@ -109,10 +113,8 @@ class MetricsLog:
         by_stage[stage] = own[:count]
         after = b"".join(line for lines in by_stage.values() for line in lines)
         if after != before:
-            temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_bytes(after)
+            write_text(self.path, after.decode())
             self._file.close()
-            temporary.replace(self.path)
             self._file = FileIO(self.path, "ab")
         return [json.loads(line) for line in by_stage[stage]]
 

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -89,7 +91,7 @@ class Run:
     ) -> None:
         self.out, self.mesh, self.keep = Path(out), mesh, keep
         config = json.loads(json.dumps(dict(config), default=str))
-        self.config = _without(config, may_change) | {"fingerprint of the data": fingerprint}
+        self.config, self.fingerprint = _without(config, may_change), fingerprint
         self.is_first = jax.process_index() == 0
         self.compilations = Compilations()
         self._screen = None if self.is_first else io.StringIO()
@@ -99,29 +101,18 @@ class Run:
         self._open(config, may_change, resume)
 
     def _open(self, config: Mapping[str, Any], may_change: Collection[str], resume: bool) -> None:
-        checkpoints, told = self.out / "checkpoints", self.out / "config.yaml"
-        log = self.out / "metrics.jsonl"
-        there = (checkpoints.is_dir() and any(checkpoints.iterdir())) or (
-            log.is_file() and log.stat().st_size > 0
-        )
-        if there and not resume:
+        told, log = self.out / "config.yaml", self.out / "metrics.jsonl"
+        has_log = log.is_file() and log.stat().st_size > 0
+        has_steps = any((self.out / "checkpoints").glob("*/*"))
+        # The state before the first step is nothing that could be lost.
+        has_begun = any((self.out / "checkpoints").glob("*/[1-9]*")) or has_log
+        if has_begun and not resume:
             raise CheckpointError(
                 f"{self.out} holds a run: go on with it (--resume), move it away, or give another "
                 "directory"
             )
-        if there and told.is_file():
-            stored = _read(told)
-            before = _read(self.out / "env.json").get("versions", versions())
-            if stored:
-                checkpoint.same_config(
-                    self.out, _without(stored, may_change), _without(config, may_change)
-                )
-            if before != versions():
-                warnings.warn(
-                    f"{self.out} was begun with {before}, this is {versions()}: it goes on, but "
-                    "perhaps not to the same bits",
-                    stacklevel=4,
-                )
+        if has_steps and resume and told.is_file():
+            self._same_run(_without(_read(told), may_change), _read(self.out / "env.json"))
         if jax.process_count() > 1:  # All have looked before one changes anything.
             multihost_utils.sync_global_devices("the run is open")
         if not self.is_first:
@@ -129,13 +120,35 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._resources.callback(os.close, _lock(self.out))
+            if has_steps and not resume:
+                shutil.rmtree(self.out / "checkpoints")
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-            checkpoint.write_text(told, text)
-            self.write("env.json", environment())
+            if not told.is_file() or told.read_bytes() != text.encode():
+                checkpoint.write_text(told, text)
+            self.write("env.json", environment() | {"fingerprint": self.fingerprint})
         except OSError as error:
+            self._resources.close()
             raise CheckpointError(
-                f"{self.out}: {error.strerror}; give a directory that can be written"
+                f"{self.out}: {error.strerror}; make room there, or give a directory that can be "
+                "written"
             ) from error
+
+    def _same_run(self, stored: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Refuses another run; of a file that has lost something every step has the rest."""
+        checkpoint.same_config(self.out, stored, _common(self.config, stored))
+        there = machine.get("fingerprint", self.fingerprint)
+        if there != self.fingerprint:
+            raise CheckpointError(
+                f"{self.out} belongs to a run on other data: {there} there, {self.fingerprint} "
+                "here; go on with its own, or give another directory"
+            )
+        before = machine.get("versions", versions())
+        if before != versions():
+            warnings.warn(
+                f"{self.out} was begun with {before}, this is {versions()}: it goes on, but "
+                "perhaps not to the same bits",
+                stacklevel=5,
+            )
 
     def __enter__(self) -> Self:
         path = self.out / "metrics.jsonl" if self.is_first else Path(os.devnull)
@@ -224,9 +237,9 @@ class Run:
                     compiled = self.compilations.count if compiled is None else compiled
                     done += 1
                     rows.append(row)
-                    advance(**{name: row[metric] for name, metric in show.items()})
                     skipped = skipped + 1 if row.get("val/num_skipped") else 0
                     self._check(row, skipped, state, batch)
+                    advance(**{name: _shown(row[metric]) for name, metric in show.items()})
                     self._calls += 1
                     asked = self._asked_to_stop(self._calls)
                     if asked or done == num_steps or done % save_every == 0:
@@ -241,6 +254,9 @@ class Run:
                         )
                     if asked:
                         checkpoints.wait()
+                        if self.is_first:
+                            told = f"{self.out}: {stage} is saved at step {done}; --resume goes on"
+                            print(told, file=sys.stderr)
                         raise SystemExit(INTERRUPTED)
         if done == num_steps:
             self.log.rewind(stage, num_steps)  # stages in their order, if one went back
@@ -271,9 +287,19 @@ class Run:
         checkpoint.save(folder / "state", checkpoint.flatten(state))
         self.write("dump/row.json", row)
         if self.is_first:
-            arrays = checkpoint.flatten({"batch": batch})
+            arrays = checkpoint.flatten({"batch": jax.tree.map(_array, batch)})
             host = {name: np.asarray(x) for name, x in arrays.items()}
             np.savez(folder / "batch.npz", allow_pickle=False, **host)
+
+
+def _shown(number: Any) -> float:
+    """A number of a line of the log, where one that is not finite is None."""
+    return math.nan if number is None else number
+
+
+def _array(x: Any) -> Any:
+    """What can be written as an array; of other leaves, such as the text of a prompt, nothing."""
+    return x if hasattr(x, "dtype") else None
 
 
 def _metric(name: str, metrics: Mapping[str, float]) -> float:
@@ -291,6 +317,8 @@ def _lock(directory: Path) -> int:
         raise CheckpointError(
             f"{directory}: another run is at work there; wait for its end, or give another one"
         ) from None
+    except OSError:  # a file system without locks
+        pass
     return handle
 
 
@@ -301,6 +329,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, OSError):
         warnings.warn(f"{path} was altered and is written anew", stacklevel=5)
         return {}
+
+
+def _common(config: Any, stored: Any) -> Any:
+    """The part of a tree of dictionaries whose names the other one has too."""
+    if not isinstance(config, dict) or not isinstance(stored, dict):
+        return config
+    return {name: _common(x, stored[name]) for name, x in config.items() if name in stored}
 
 
 def _without(config: Any, names: Collection[str]) -> Any:

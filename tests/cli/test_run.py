@@ -226,8 +226,10 @@ def test_a_run_is_not_written_over(unbroken: tuple[Path, Trained]) -> None:
 
 def test_other_data_are_another_run(tmp_path: Path) -> None:
     train(tmp_path, fingerprint="a")
-    with pytest.raises(CheckpointError, match="fingerprint of the data is 'a' there, 'b' here"):
-        train(tmp_path, fingerprint="b", resume=True)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match="a run on other data: a there, b here"):
+        train(tmp_path, fingerprint="b", resume=True, config=CONFIG | {"out": "there"})
+    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_other_versions_are_told(unbroken: tuple[Path, Trained], tmp_path: Path) -> None:
@@ -302,6 +304,54 @@ def test_a_dump_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "dump").write_text("")
     with pytest.raises(TrainingError, match=r"no sample .* finite score.*could not be written"):
         train(tmp_path, step=with_metrics(**{"val/num_scored": 0}))
+
+
+def test_what_had_not_begun_may_begin_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, step=until(1, kill))
+    assert len(train(tmp_path, config=CONFIG | {"seed": 4}).rows) == NUM_STEPS
+
+
+def test_a_loss_that_is_no_number_is_skipped_until_it_is_too_much(tmp_path: Path) -> None:
+    bad = with_metrics(loss=float("nan"), **{"val/num_skipped": 1})
+    with pytest.raises(TrainingError, match=f"one step {MOST_SKIPPED}:"):
+        train(tmp_path, step=bad)
+
+
+def test_where_a_run_could_not_begin_another_may(tmp_path: Path) -> None:
+    with largest_file(0), pytest.raises(CheckpointError, match="make room there"):
+        train(tmp_path)
+    assert len(train(tmp_path).rows) == NUM_STEPS
+
+
+def test_what_is_no_array_is_not_in_the_dump(tmp_path: Path) -> None:
+    def epoch_with_text(number: int, start: int) -> Iterator[Any]:
+        yield from ({"rows": batch, "text": "prompt"} for batch in epoch(number, start))
+
+    def bad(state: Any, batch: Any) -> Any:
+        state, metrics = step(state, batch["rows"])
+        return state, metrics | {"val/num_scored": 0}
+
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    with (
+        Run(tmp_path, CONFIG, mesh=mesh, resume=False) as run,
+        pytest.raises(TrainingError, match="state, batch and metrics are in"),
+    ):
+        run.train(
+            "one", start, jnp.zeros(NUM_RECORDS, int), step=bad,
+            batches=lambda cursor: batches_from(cursor, epoch_with_text),
+            num_steps=NUM_STEPS, save_every=3, show={"loss": "loss"},
+        )  # fmt: skip
+    assert list(np.load(tmp_path / "dump" / "batch.npz")) == ["batch.rows"]
+
+
+def test_a_configuration_that_lost_its_end_is_written_anew(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, step=until(2, kill))
+    whole = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(whole[: whole.index("model")])
+    train(tmp_path, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == whole
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{seed: 3"])
