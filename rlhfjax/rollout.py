@@ -28,7 +28,7 @@ def generate(
     *,
     num_tokens: int,
     pad_token: int,
-    end_token: int | None = None,
+    end_token: int | tuple[int, ...] | None = None,
     temperature: float | Array = 1.0,
     sampler: Callable[[Array, Array], Array] = sampling.categorical,
     value_of: Callable[[Array], Array] | None = None,
@@ -37,7 +37,7 @@ def generate(
 
     Token t is `sampler(logits / temperature, u[t])` with one uniform number for each row and
     token, drawn from the row's own key `fold_in(key, row)`: a row's response does not depend on
-    the rest of the batch. The loop ends when every row has emitted the end token. On a mesh each
+    the rest of the batch. The loop ends when every row has emitted an end token. On a mesh each
     device decodes its own rows, see `sharding.per_device`; the tokens are the same.
 
     Args:
@@ -48,7 +48,8 @@ def generate(
       key: a typed key; consumed.
       num_tokens: T, static.
       pad_token: fills responses behind the end token.
-      end_token: the token that ends a response and belongs to it; None: all have T tokens.
+      end_token: the token that ends a response and belongs to it, or several of which any does;
+        None: all have T tokens.
       temperature: the logits are divided by it.
       sampler: `(logits [B, V], uniform [B]) -> tokens [B]`, such as `sampling.greedy` or
         `lambda logits, u: sampling.categorical(sampling.top_p(logits, p=0.9), u)`. On a mesh B
@@ -91,7 +92,9 @@ def generate(
                 new["value"] = value_of(hidden).astype(jnp.float32)
             new["token"] = jnp.where(done, pad_token, token).astype(jnp.int32)
             columns = {name: columns[name].at[t].set(new[name]) for name in new}
-            return columns, done if end_token is None else done | (new["token"] == end_token)
+            if end_token is not None:
+                done = done | jnp.isin(new["token"], jnp.asarray(end_token))
+            return columns, done
 
         def not_finished(carry: Carry) -> Array | bool:
             t, _, _, finished, _ = carry

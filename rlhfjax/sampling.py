@@ -176,7 +176,11 @@ def repetition_penalty(
 
 
 def forbid_end(
-    logits: Array, step: int | Array, *, end_token: int | Array, min_length: int | Array
+    logits: Array,
+    step: int | Array,
+    *,
+    end_token: int | tuple[int, ...] | Array,
+    min_length: int | Array,
 ) -> Array:
     """-inf for the end token while step < min_length.
 
@@ -255,7 +259,7 @@ def greedy(logits: Array, uniform: Array) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def response_mask(responses: Array, *, end_token: int | Array | None) -> Array:
+def response_mask(responses: Array, *, end_token: int | tuple[int, ...] | Array | None) -> Array:
     """True up to and including the first end token.
 
     Args:

@@ -92,22 +92,35 @@ class TestEndToken:
         np.testing.assert_array_equal(samples.response_mask.sum(1), 1)
         assert np.isfinite(samples.log_probs).all()
 
+    def test_any_of_several_ends_a_response(self) -> None:
+        samples = self.sample(end_token=(END, 7))
+        np.testing.assert_array_equal(
+            samples.responses, [[6, 7, PAD, PAD, PAD], [END, PAD, PAD, PAD, PAD], [3] * 5]
+        )
+        np.testing.assert_array_equal(samples.response_mask.sum(1), [2, 1, 5])
+
+    def test_of_none_every_response_has_t_tokens(self) -> None:
+        assert self.sample(end_token=()).response_mask.all()
+
     def test_without_one_every_response_has_t_tokens(self) -> None:
         samples = self.sample(end_token=None)
         assert samples.response_mask.all()
         np.testing.assert_array_equal(samples.responses[0, :3], [6, 7, END])
 
 
-@pytest.mark.parametrize("stops", [3, 1, None])
-def test_decoding_stops_when_every_row_has_ended(stops: int | None) -> None:
+@pytest.mark.parametrize(("stops", "end"), [(3, END), (1, END), (None, END), (2, (7, END))])
+def test_decoding_stops_when_every_row_has_ended(
+    stops: int | None, end: int | tuple[int, ...]
+) -> None:
     model, calls = bigram(V), []
 
     def counting_decode(params: Params, cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         jax.debug.callback(lambda: calls.append(1))
         return model.decode(params, cache, tokens)
 
-    params = scripted({5: 6, 6: 7, 7: END} if stops == 3 else {5: END if stops else 5})
-    samples = generate(model._replace(decode=counting_decode), params, [[5], [5]], [[True], [True]])
+    params = scripted({5: END if stops == 1 else 6 if stops else 5, 6: 7, 7: END})
+    counted = model._replace(decode=counting_decode)
+    samples = generate(counted, params, [[5], [5]], [[True], [True]], end_token=end)
     jax.effects_barrier()
     assert samples.response_mask.sum(1).tolist() == [stops or T] * 2
     assert len(calls) == (stops or T) - 1

@@ -171,9 +171,7 @@ class TestForbidEnd:
 
     def test_rows_of_different_lengths_and_several_end_tokens(self) -> None:
         step = jnp.array([0, 4, 1, 2, 3])
-        given = jax.jit(sampling.forbid_end)(
-            LOGITS, step, end_token=jnp.array([0, 10]), min_length=3
-        )
+        given = jax.jit(sampling.forbid_end)(LOGITS, step, end_token=(0, 10), min_length=3)
         removed = np.zeros(LOGITS.shape, bool)
         removed[np.ix_([0, 2, 3], [0, 10])] = True
         np.testing.assert_array_equal(given, np.where(removed, NEVER, LOGITS))
@@ -397,7 +395,7 @@ class TestResponseMask:
         assert mask.dtype == jnp.bool_
 
     def test_any_of_several_end_tokens_ends(self) -> None:
-        mask = sampling.response_mask(self.RESPONSES, end_token=jnp.array([2, 7]))
+        mask = sampling.response_mask(self.RESPONSES, end_token=(2, 7))
         expected = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
         np.testing.assert_array_equal(mask, expected)
 

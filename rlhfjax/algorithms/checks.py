@@ -31,8 +31,8 @@ class SpecialTokens(Protocol):
         """Fills responses behind the end token."""
 
     @property
-    def end_token(self) -> int | None:
-        """Ends a response."""
+    def end_token(self) -> int | tuple[int, ...] | None:
+        """Ends a response, or several of which any does."""
 
 
 def special_tokens(config: SpecialTokens, *, vocab_size: int) -> None:
@@ -46,12 +46,13 @@ def special_tokens(config: SpecialTokens, *, vocab_size: int) -> None:
       ValueError: with the token.
     """
     for name in ("pad_token", "end_token"):
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name}={token} is not in the model's vocabulary of {vocab_size} tokens, "
-                f"0 to {vocab_size - 1}: give the number that the model's tokenizer has for it"
-            )
+        tokens = getattr(config, name)
+        for token in () if tokens is None else np.ravel(tokens):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name}={token} is not in the model's vocabulary of {vocab_size} tokens, "
+                    f"0 to {vocab_size - 1}: give the number that the model's tokenizer has for it"
+                )
 
 
 def context(tokens: Array, context_length: int | None) -> None:

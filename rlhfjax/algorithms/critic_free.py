@@ -33,7 +33,7 @@ class Config:
     Attributes:
       num_tokens: T, length of responses.
       pad_token: fills responses behind the end token.
-      end_token: ends a response; None: every response has T tokens.
+      end_token: ends a response, or several of which any does; None: every response has T tokens.
       group_size: G, responses to each prompt.
       num_epochs: passes over each batch of rollouts.
       num_minibatches: updates in each pass, of whole groups; must divide the number of prompts.
@@ -44,7 +44,7 @@ class Config:
 
     num_tokens: int
     pad_token: int
-    end_token: int | None = None
+    end_token: int | tuple[int, ...] | None = None
     group_size: int = 1
     num_epochs: int = 1
     num_minibatches: int = 1

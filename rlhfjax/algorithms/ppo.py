@@ -34,7 +34,7 @@ class Config:
     Attributes:
       num_tokens: T, length of responses.
       pad_token: fills responses behind the end token.
-      end_token: ends a response; None: every response has T tokens.
+      end_token: ends a response, or several of which any does; None: every response has T tokens.
       num_epochs: passes over each batch of rollouts.
       num_minibatches: updates in each pass; must divide the batch.
       num_micro_batches: parts of a minibatch that go through the models one after the other, for
@@ -44,7 +44,7 @@ class Config:
 
     num_tokens: int
     pad_token: int
-    end_token: int | None = None
+    end_token: int | tuple[int, ...] | None = None
     num_epochs: int = 4
     num_minibatches: int = 4
     num_micro_batches: int = 1
@@ -358,8 +358,8 @@ def learn(
     metrics["ppo/first_ratio_error"] = measured.pop("ratio_error")[0]
     metrics |= over_updates(measured)
     if config.end_token is not None:
-        ended = (samples.responses == config.end_token) & data.rollout.response_mask
-        metrics["val/num_eos_tokens"] = ended.sum()
+        ended = (samples.responses[..., None] == jnp.asarray(config.end_token)).any(-1)
+        metrics["val/num_eos_tokens"] = (ended & data.rollout.response_mask).sum()
     kl_coef = kl.adaptive_coef(
         state.kl_coef,
         metrics["objective/kl"],

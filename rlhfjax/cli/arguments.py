@@ -78,14 +78,27 @@ class Training(Model):
     """Rank of the adapter."""
     lora_alpha: int = 32
     """Its products are scaled by lora_alpha / lora_r."""
-    lora_target_modules: str = "qkv|output|gate|up|down"
-    """Regular expression over the names of the matrices that get one."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Projections that get one, by the family's own names, such as `q_proj v_proj`; where they are
+    one matrix here, all that it holds get it together."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported model."""
     save_steps: int = 100
     """Steps between two checkpoints."""
     save_total_limit: int = 2
     """Checkpoints that are kept."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl."""
+
+
+AT_LEAST_ONE = {
+    "batch_size", "best_of", "data", "fsdp", "gradient_accumulation_steps", "lora_r",
+    "log_completions_steps", "max_completion_length", "max_length", "max_new_tokens",
+    "max_prompt_length", "max_prompts", "num_generations", "num_iterations", "num_mini_batches",
+    "num_ppo_epochs", "num_train_epochs", "per_device_train_batch_size", "save_steps",
+    "save_total_limit", "tensor",
+}  # fmt: skip
+"""Flags that count something of which there must be one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = parse(name, flags)
         print(f"rlhfjax {name}: starting", file=sys.stderr, flush=True)
         import_module(f"rlhfjax.cli.commands.{COMMANDS[name].module}").run(asked)
-    except (UsageError, ValueError, OSError) as error:
-        sys.exit(f"rlhfjax {name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"rlhfjax {name}: interrupted")
+    except Exception as error:
+        if not isinstance(error, _foreseen()):
+            raise
+        notes = [*_notes(error), *_notes(error.__cause__)]
+        sys.exit("\n".join([f"rlhfjax {name}: {error}", *notes]))
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """Errors that say what to do, so that a traceback would only hide it."""
+    from rlhfjax.checkpoint import CheckpointError
+    from rlhfjax.cli.run import TrainingError
+
+    ours = UsageError, CheckpointError, TrainingError
+    return *ours, ValueError, OSError, ImportError, MemoryError
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    """Such as where in its own process a reward function failed."""
+    return list(getattr(error, "__notes__", []))
 
 
 def summary() -> str:
@@ -90,12 +109,11 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
     kind = COMMANDS[name].arguments
     given = [*flags_of(configuration(flags), kind), *flags]
-    return tyro.cli(
-        kind,
-        prog=f"rlhfjax {name}",
-        args=given,
-        use_underscores=True,
-    )
+    asked: Any = tyro.cli(kind, prog=f"rlhfjax {name}", args=given, use_underscores=True)
+    for flag in arguments.AT_LEAST_ONE:
+        if (number := getattr(asked, flag, None)) is not None and number < 1:
+            raise UsageError(f"--{flag} {number}: must be at least 1")
+    return asked
 
 
 def configuration(flags: Sequence[str]) -> Path | None:

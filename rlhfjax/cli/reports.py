@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,7 +50,11 @@ def _wandb(out: Path) -> Iterator[Report]:
         import wandb
     except ModuleNotFoundError:
         raise ModuleNotFoundError(_MISSING.format("wandb", "wandb", "wandb")) from None
-    with wandb.init(project="rlhfjax", dir=str(out), name=out.name, id=out.name) as session:
+    place = str(out.absolute())
+    same = hashlib.sha256(place.encode()).hexdigest()[:16]
+    with wandb.init(
+        project="rlhfjax", dir=place, name=out.name, id=same, resume="allow"
+    ) as session:
         yield lambda row: session.log(_numbers(row), step=row["step"])
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -62,6 +62,7 @@ class Run:
 
     A stage that was broken off goes on at its last saved step, and what the log has beyond it is
     taken back. With several processes all of them make the same calls, and the first one writes.
+    What is in `reports` is called with every line of the log.
 
     Args:
       out: the directory.
@@ -71,7 +72,6 @@ class Run:
       resume: go on with what is there, if anything is.
       keep: how many steps of each stage to keep.
       fingerprint: of the data; the run is not resumed with others.
-      reports: called with every line of the log, in the first process.
 
     Raises:
       CheckpointError: there is a run already and `resume` is False, or it was another run.
@@ -87,7 +87,6 @@ class Run:
         resume: bool,
         keep: int = 2,
         fingerprint: str = "",
-        reports: Sequence[Callable[[Row], object]] = (),
     ) -> None:
         self.out, self.mesh, self.keep = Path(out), mesh, keep
         config = json.loads(json.dumps(dict(config), default=str))
@@ -97,7 +96,7 @@ class Run:
         self._screen = None if self.is_first else io.StringIO()
         self._resources = ExitStack()
         self._calls = 0
-        self._reports = reports if self.is_first else ()
+        self.reports: list[Callable[[Row], object]] = []
         self._open(config, may_change, resume)
 
     def _open(self, config: Mapping[str, Any], may_change: Collection[str], resume: bool) -> None:
@@ -232,7 +231,7 @@ class Run:
                 for batch, behind in islice(batches(cursor), num_steps - done):
                     state, metrics = step(state, batch)
                     row = self.log.write(stage, first + done, metrics)
-                    for report in self._reports:
+                    for report in self.reports:
                         report(row)
                     compiled = self.compilations.count if compiled is None else compiled
                     done += 1

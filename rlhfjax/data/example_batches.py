@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhfjax.data.batches import bucket_lengths, left_pad, plan, right_pad, rows_of_part
+from rlhfjax.data.batches import left_pad, plan, right_pad, rows_of_part
 from rlhfjax.data.formats import Prompt
+from rlhfjax.data.text import DataError
 from rlhfjax.data.tokenized import Learned, Tokenized
 from rlhfjax.types import LabelledBatch, PreferenceBatch
 
@@ -100,6 +100,9 @@ class ResponseBatch(NamedTuple):
         return ranks
 
 
+QUANTILES = np.linspace(0, 1, 33)
+
+
 class Shape(NamedTuple):
     """What a batch has room for."""
 
@@ -107,29 +110,102 @@ class Shape(NamedTuple):
     response: int
 
 
-def shapes(items: Sequence[Tokenized], *, num_buckets: int, multiple: int = 8) -> dict[int, Shape]:
-    """Few shapes for examples of many lengths: by the length of prompt and response together.
+def shapes(
+    items: Sequence[Tokenized],
+    *,
+    num_buckets: int,
+    max_length: int | None = None,
+    multiple: int = 8,
+) -> list[Shape]:
+    """Few shapes for examples of many lengths: some that hold all, others that save padding.
+
+    A shape (P, L - P) of L tokens holds an example of p + r if p ≤ P ≤ L - r: the fewest points
+    that meet all of these intervals are the shapes that hold all. There is one without
+    `max_length`; with it, examples of just that length need one for each length of their prompts,
+    unless `tokenized.responses` was told of a `multiple`. To these come `num_buckets` - 1 more,
+    each the one that saves the most padding of those that are left.
 
     Args:
       items: all of which there will be batches.
-      num_buckets: how many shapes there may be; a step is compiled for each.
-      multiple: what lengths are rounded up to.
+      num_buckets: how many shapes there may be, if one of them holds all; a step is compiled for
+        each.
+      max_length: of a shape, prompt and response together; None for no limit.
+      multiple: what lengths are rounded up to, where `max_length` leaves room.
 
     Returns:
-      The length up to which an example goes into a shape → the shape.
+      The shapes, the shortest first.
+
+    Raises:
+      DataError: an example that is longer than `max_length`.
+      ValueError: no items, or `num_buckets` below 1.
+
+    References:
+      Greedy choice saves at least 1 - 1/e of what can be: Nemhauser, Wolsey and Fisher 1978,
+      "An analysis of approximations for maximizing submodular set functions".
     """
-    totals = [item.num_tokens for item in items]
-    limits = bucket_lengths(totals, num_buckets=num_buckets, multiple=multiple)
-    longest = {limit: Shape(0, 0) for limit in limits}
-    for item, total in zip(items, totals, strict=True):
-        limit = limits[bisect_left(limits, total)]
-        prompt, response = longest[limit]
-        length = len(item.prompt)
-        longest[limit] = Shape(max(prompt, length), max(response, total - length))
-    return {
-        limit: Shape(*(-(-length // multiple) * multiple for length in shape))
-        for limit, shape in longest.items()
-    }
+    if not items or num_buckets < 1:
+        raise ValueError(f"need items and a bucket, got {len(items)} and {num_buckets}")
+    sizes, counts = np.unique(_sizes(items), axis=0, return_counts=True)
+    length = int(_rounded(sizes, multiple).max(0).sum()) if max_length is None else max_length
+    if (longest := sizes.sum(1).max()) > length:
+        raise DataError(f"an example has {longest} tokens, and max_length is {length}")
+    whole = [Shape(prompt, length - prompt) for prompt in _meeting(sizes, length)]
+    found = _fitting(whole, sizes, length, multiple)
+
+    # A few of all lengths are enough to choose from, and examples count as so long.
+    levels = [np.unique(_rounded(np.quantile(x, QUANTILES), multiple)) for x in sizes.T]
+    rough = np.stack([of[np.searchsorted(of, x)] for of, x in zip(levels, sizes.T, strict=True)], 1)
+    rough, which = np.unique(rough, axis=0, return_inverse=True)
+    counts = np.bincount(which.ravel(), counts)
+    pairs = np.stack(np.meshgrid(*levels), 2).reshape(-1, 2)
+    pairs = pairs[pairs.sum(1) <= length]
+    cost = _costs(rough, np.array(found)).min(1, initial=length)
+    costs = _costs(rough, pairs)
+    for _ in range(num_buckets - 1 if len(pairs) else 0):
+        best = np.argmin(counts @ np.minimum(cost[:, None], costs))
+        cost = np.minimum(cost, costs[:, best])
+        found.append(Shape(*map(int, pairs[best])))
+    return _fitting(found, sizes, length, multiple)
+
+
+def _sizes(items: Sequence[Tokenized]) -> np.ndarray:
+    """[N, 2] lengths of the prompt and of the longest response."""
+    return np.array([(len(x.prompt), x.num_tokens - len(x.prompt)) for x in items])
+
+
+def _rounded(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    return (-(-lengths // multiple) * multiple).astype(int)
+
+
+def _holds(sizes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """[N, K] bool, which examples fit into which shapes."""
+    return np.all(sizes[:, None] <= shapes, axis=2)
+
+
+def _costs(sizes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """[N, K] tokens that each example takes in each shape."""
+    return np.where(_holds(sizes, shapes), shapes.sum(1), np.inf)
+
+
+def _fitting(shapes: list[Shape], sizes: np.ndarray, length: int, multiple: int) -> list[Shape]:
+    """The shapes no larger than the examples for which each is the shortest; unused ones go."""
+    chosen = _costs(sizes, np.array(shapes)).argmin(1)
+    found = set()
+    for number in np.unique(chosen):
+        longest = sizes[chosen == number].max(0)
+        prompt, response = map(int, _rounded(longest, multiple))
+        prompt = min(prompt, length - int(longest[1]))
+        found.add(Shape(prompt, min(response, length - prompt)))
+    return sorted(found, key=lambda shape: (sum(shape), shape))
+
+
+def _meeting(sizes: np.ndarray, length: int) -> list[int]:
+    """The fewest P such that each example has one with p ≤ P ≤ length - r."""
+    found = [-1]
+    for prompt, response in sizes[np.argsort(-sizes[:, 1], kind="stable")]:
+        if prompt > found[-1]:
+            found.append(length - int(response))
+    return found[1:]
 
 
 def supervised_batches(
@@ -219,7 +295,7 @@ def response_batches(
     items: Sequence[Tokenized],
     *,
     batch_size: int,
-    shapes: Mapping[int, Shape],
+    shapes: Sequence[Shape],
     pad_token: int,
     seed: int,
     epoch: int,
@@ -231,7 +307,8 @@ def response_batches(
     Args:
       items: those of the epoch, of one format.
       batch_size: B; rows left over are padding throughout.
-      shapes: what batches have room for, see `shapes`; K is the most responses that an item has.
+      shapes: what batches have room for, see `shapes`: an item goes into the shortest that holds
+        it. K is the most responses that an item has.
       pad_token: the id at padded positions.
       seed: with `epoch`, decides the order.
       epoch: counts the passes over the items.
@@ -242,13 +319,23 @@ def response_batches(
       An iterator over batches.
 
     Raises:
-      DataError: an example that is longer than every shape.
+      DataError: an example that no shape holds.
       ValueError: the parts do not divide the batch.
     """
+    shapes = sorted(shapes, key=sum)
+    sizes = _sizes(items)
+    holds = _holds(sizes, np.array(shapes))
+    for index in np.flatnonzero(~holds.any(1))[:1]:
+        prompt, response = sizes[index]
+        raise DataError(
+            f"example {index} has a prompt of {prompt} tokens and a response of {response}, which "
+            f"none of {', '.join(f'{p} + {r}' for p, r in shapes)} holds: shorten it, leave it "
+            "out, or give a larger shape"
+        )
     slots = plan(
-        [item.num_tokens for item in items],
+        holds.argmax(1) + 1,
         batch_size=batch_size,
-        lengths=list(shapes),
+        lengths=range(1, len(shapes) + 1),
         seed=seed,
         epoch=epoch,
     )
@@ -257,7 +344,7 @@ def response_batches(
     pad = partial(right_pad, pad_token=pad_token)
 
     def batch(slot: int, indices: np.ndarray) -> ResponseBatch:
-        mine, shape = [items[i] for i in indices[rows]], shapes[slot]
+        mine, shape = [items[i] for i in indices[rows]], shapes[slot - 1]
         backwards = pad(
             [item.prompt[::-1] for item in mine], num_rows=num_rows, length=shape.prompt
         )

@@ -150,6 +150,7 @@ def responses(
     max_prompt_length: int | None = None,
     long_prompt: Shorten = keep_end,
     max_length: int | None = None,
+    multiple: int = 1,
     long_response: Shorten = keep_start,
     may_lack_prompt: bool = False,
     bad: BadRecords | None = None,
@@ -163,6 +164,9 @@ def responses(
       max_prompt_length: of a prompt in tokens.
       long_prompt: what becomes of a longer one: `keep_end` or `leave_out`.
       max_length: of a prompt with a response in tokens.
+      multiple: for `max_length` a prompt counts as rounded up to it. Examples of just that length
+        would otherwise need one shape of batches for each length of their prompts, see
+        `example_batches.shapes`.
       long_response: what becomes of responses where they are too long: `keep_start` (TRL's direct
         methods) or `leave_out` (TRL's reward models).
       may_lack_prompt: a response needs no token before it, as where it is judged and not learned.
@@ -186,7 +190,8 @@ def responses(
         if apart:
             report.boundaries.append(place)
         start = _shortened(prompt, max_prompt_length, long_prompt)
-        room = None if max_length is None else max(max_length - len(start), 0)
+        taken = -(-len(start) // multiple) * multiple
+        room = None if max_length is None else max(max_length - taken, 0)
         ends = tuple(_shortened(response, room, long_response) for response in given)
         needed = ends if may_lack_prompt and not prompt else (start, *ends)
         if room == 0 or not all(needed):

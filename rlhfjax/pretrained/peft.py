@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def save(
     *,
     scale: float,
     base: str | None = None,
+    files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes adapters so that PEFT loads them on the model that they belong to.
@@ -73,6 +74,8 @@ def save(
       architecture: of the base.
       scale: as in `lora.merge`.
       base: directory or name of the base, which PEFT's `AutoPeftModel` looks for.
+      files: name → content of what lies beside the adapters, such as the tokenizer of the base:
+        `Pretrained.files`.
       overwrite: the adapters that are there go when the new ones are whole.
 
     Raises:
@@ -114,6 +117,8 @@ def save(
         with writing.new_directory(Path(directory), overwrite=overwrite, config=CONFIG) as folder:
             writing.write_file(folder / TENSORS, plan, iter(tensors.values()))
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name, content in (files or {}).items():
+                (folder / name).write_bytes(content)
 
     failed = on_first(fill)
     if failed is not None:
@@ -157,6 +162,59 @@ def load(directory: Path | str, architecture: Architecture) -> Loaded:
     for tensor in stored:
         raise DirectoryError(f"{file}: {tensor} belongs to no projection of the model")
     return Loaded(adapters, scale)
+
+
+def pattern_of(architecture: Architecture, modules: Sequence[str]) -> str:
+    """The pattern for `lora.init` that finds the projections of PEFT's `target_modules`.
+
+    Args:
+      architecture: of the base.
+      modules: last parts of their names, such as "q_proj", or "all-linear". Where q, k and v are
+        one matrix, it is found by any of them.
+
+    Returns:
+      a regular expression.
+
+    Raises:
+      ValueError: a module that the model does not have; it names those that it has.
+    """
+    projections = _projections(architecture)
+    names = {
+        module.rpartition(".")[2] for entry in projections.values() for module in _modules(entry)
+    }
+    wanted = names if "all-linear" in modules else set(modules)
+    if unknown := wanted - names:
+        raise ValueError(
+            f"there is no module {', '.join(sorted(unknown))}: choose of "
+            f"{', '.join(sorted(names))}, or all-linear"
+        )
+    found = [
+        path
+        for path, entry in projections.items()
+        if wanted & {module.rpartition(".")[2] for module in _modules(entry)}
+    ]
+    return f"^({'|'.join(map(re.escape, found))})$"
+
+
+def base_of(directory: Path | str) -> Path:
+    """The directory of the model that adapters belong to.
+
+    Args:
+      directory: with `adapter_config.json`.
+
+    Returns:
+      as it says.
+
+    Raises:
+      DirectoryError: it does not say, or there is no such directory.
+    """
+    file = Path(directory) / CONFIG
+    base = reading.json_of(file).get("base_model_name_or_path")
+    if base is None or not Path(base).is_dir():
+        raise DirectoryError(
+            f"{file}: its base {base!r} is no directory here: write there where it is"
+        )
+    return Path(base)
 
 
 def _projections(architecture: Architecture) -> dict[str, Entry]:

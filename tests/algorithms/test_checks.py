@@ -94,11 +94,13 @@ def test_unknown_tokens_are_named_with_their_place(token: int, convert: Callable
         checks.known_tokens(convert(spoiled(PROMPTS, token)), vocab_size=V)
 
 
-UNKNOWN = [("pad_token", V), ("pad_token", -1), ("end_token", V)]
+UNKNOWN = [("pad_token", V), ("pad_token", -1), ("end_token", V), ("end_token", (1, V))]
 
 
-def refuses_special(name: str, token: int) -> Any:
-    wanted = rf"^{name}={token} is not in the model's vocabulary of {V} tokens, 0 to 6"
+def refuses_special(name: str, token: int | tuple[int, ...]) -> Any:
+    wanted = (
+        rf"^{name}={np.ravel(token)[-1]} is not in the model's vocabulary of {V} tokens, 0 to 6"
+    )
     return pytest.raises(ValueError, match=wanted)
 
 
@@ -110,7 +112,7 @@ class TestStepsThatSample:
 
     @pytest.mark.parametrize(("name", "token"), UNKNOWN)
     def test_refuse_a_config_of_unknown_tokens(
-        self, module: ModuleType, name: str, token: int
+        self, module: ModuleType, name: str, token: int | tuple[int, ...]
     ) -> None:
         with refuses_special(name, token):
             step_of(module, **{name: token})
@@ -118,7 +120,7 @@ class TestStepsThatSample:
 
 @pytest.mark.parametrize("module", LEARNING, ids=name_of)
 class TestHalves:
-    def halves(self, module: ModuleType, **tokens: int) -> Any:
+    def halves(self, module: ModuleType, **tokens: Any) -> Any:
         config = module.Config(T, **({"pad_token": 0} | tokens))
         return module.make_halves(policy_and_value(module), OPTIMIZER, config)
 
@@ -137,7 +139,7 @@ class TestHalves:
 
     @pytest.mark.parametrize(("name", "token"), UNKNOWN)
     def test_refuse_a_config_of_unknown_tokens(
-        self, module: ModuleType, name: str, token: int
+        self, module: ModuleType, name: str, token: int | tuple[int, ...]
     ) -> None:
         with refuses_special(name, token):
             self.halves(module, **{name: token})

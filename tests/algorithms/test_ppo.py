@@ -405,7 +405,9 @@ class TestSamplesWithoutAScore:
         assert all(np.isfinite(x).all() for x in metrics.values())
 
 
-def test_responses_of_nothing_but_the_end_token_are_learned_from(separate: World) -> None:
+@pytest.mark.parametrize("end", [END, (V - 1, END)])
+def test_responses_of_nothing_but_an_end_token_are_learned_from(end: int | tuple[int, ...]) -> None:
+    config = replace(CONFIG, end_token=end)
     table = np.zeros((V, V), np.float32)
     table[:, END] = 50.0
     policy = bigram(V)
@@ -415,7 +417,7 @@ def test_responses_of_nothing_but_the_end_token_are_learned_from(separate: World
         "head": model.init(jax.random.key(0))["head"],
     }
     world = World(
-        model, params, params["policy"], ppo.make_step(model, count_threes, OPTIMIZER, CONFIG)
+        model, params, params["policy"], ppo.make_step(model, count_threes, OPTIMIZER, config)
     )
     state, metrics = world.advance(world.start())
     assert metrics["val/num_eos_tokens"] == B

@@ -18,6 +18,7 @@ from rlhfjax.cli.main import main
 pytestmark = pytest.mark.slow
 GOOD, BAD = "a fine day", "a grim night"
 PROMPTS = ["they saw", "we had", "it was", "there came"]
+MORE = [f"{prompt} again" for prompt in PROMPTS] + PROMPTS
 SMALL = ["--per_device_train_batch_size", "4", "--learning_rate", "0.03", "--save_steps", "100"]
 ONLINE = [
     "--per_device_train_batch_size", "8", "--learning_rate", "0.03", "--max_completion_length", "6",
@@ -106,15 +107,15 @@ class TestTraining:
     def test_a_reward_model_is_right_on_pairs_held_out(self, rewarded: Path) -> None:
         summary = json.loads((rewarded / "summary.json").read_text())
         assert summary["eval/accuracy"] == 1.0
-        assert 0 < summary["eval/num_pairs"] < 8
+        assert 0 < summary["eval/num_comparisons"] < 16
         assert pretrained.load_scalar(rewarded / "export").model.vocab_size == 270
 
     @pytest.mark.parametrize(
         "records",
         [
-            [{"prompt": p, "completions": [f" {GOOD}", " a day", f" {BAD}"]} for p in PROMPTS],
+            [{"prompt": p, "completions": [f" {GOOD}", " a day", f" {BAD}"]} for p in MORE],
             [{"text": f"{p} {x}", "rating": r} for p in PROMPTS for x, r in ((GOOD, 5), (BAD, 1))],
-            [{"text": f"{p} {x}", "label": c} for p in PROMPTS for x, c in ((GOOD, 2), (BAD, 0))],
+            [{"text": f"{p} {x}", "label": c} for p in PROMPTS for x, c in ((GOOD, 1), (BAD, 0))],
         ],
         ids=["rankings", "ratings", "classes"],
     )
@@ -122,12 +123,15 @@ class TestTraining:
         self, folder: Path, tmp_path: Path, records: list[dict[str, Any]]
     ) -> None:
         write(tmp_path / "records.jsonl", *records)
-        flags = [*SMALL, "--num_train_epochs", "12", "--learning_rate", "0.005"]
+        flags = [*SMALL, "--num_train_epochs", "16", "--learning_rate", "0.005"]
+        flags += ["--eval_fraction", "0.6"]
         out = run(
             folder, "reward", str(tmp_path / "records.jsonl"), *flags, out=str(tmp_path / "o")
         )
         losses = [row["loss"] for row in rows(out)]
         assert losses[-1] < 0.8 * losses[0]
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["eval/accuracy"] >= 0.5
 
     @pytest.mark.parametrize("name", ["dpo", "orpo", "simpo"])
     def test_preferences_move_the_policy(self, folder: Path, name: str) -> None:
@@ -181,6 +185,35 @@ class TestOnline:
         before, after = pretrained.load(folder / "model"), pretrained.load(merged)
         qkv = [np.asarray(x.params["layers_0"]["qkv"]["kernel"]) for x in (before, after)]
         assert 0 < np.abs(qkv[1] - qkv[0]).max() < 0.5
+        said = []
+        for model in (out / "export", merged):
+            file = folder / "said.jsonl"
+            main(
+                ["generate", "--model_name_or_path", str(model), "--prompts", *PROMPTS,
+                 "--max_new_tokens", "4", "--temperature", "0", "--output", str(file)]
+            )  # fmt: skip
+            said.append(file.read_text())
+        assert said[0] == said[1]
+
+    def test_dialogues_go_through_a_template(self, folder: Path) -> None:
+        chats = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
+        data = write(folder / "chats.jsonl", *chats)
+        (folder / "template.jinja").write_text(
+            "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}a:{% endif %}"
+        )
+        (folder / "replies.py").write_text(
+            "def reward(prompts, completions, trainer_state):\n"
+            "    assert trainer_state.max_steps == 3\n"
+            "    assert prompts[0][0]['role'] == 'user'\n"
+            "    return [float(len(c[0]['content'])) for c in completions]\n"
+        )
+        template = ["--chat_template_path", str(folder / "template.jinja")]
+        flags = ["--reward_funcs", str(folder / "replies.py"), *ONLINE]
+        assert len(rows(run(folder, "rloo", data, *flags, *template, out="chats"))) == 3
+        with pytest.raises(SystemExit) as end:
+            run(folder, "rloo", data, *flags, out="no template")
+        assert "--chat_template_path" in str(end.value)
 
     def test_asked_to_stop_it_goes_on_to_the_same_end(self, folder: Path) -> None:
         flags = ["--reward_funcs", f"{folder}/stopping.py", *ONLINE]
@@ -237,6 +270,36 @@ class TestAsking:
         assert found["count"] == 1
 
 
+def test_a_run_is_not_written_over_and_keeps_what_it_has(folder: Path, tuned: Path) -> None:
+    before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    for flags, said in (
+        ([], "holds a run"),
+        (["--resume", "--learning_rate", "1"], "belongs to another run: learning_rate"),
+        (["--resume", "--per_device_train_batch_size", "2"], "2 rows an update"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(folder, "sft", "texts.jsonl", *SMALL, "--num_train_epochs", "80", *flags)
+        assert said in str(end.value)
+    after = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_one_kind_of_judgement_makes_a_reward_model(folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "ratings.jsonl", *({"text": p, "rating": 1} for p in PROMPTS))
+    both = ["--dataset_name", data, str(folder / "pairs.jsonl")]
+    with pytest.raises(SystemExit, match="one kind of judgement, not from Pair, Rating"):
+        run(folder, "reward", data, *SMALL, *both, out=str(tmp_path / "o"))
+
+
+def test_a_reward_function_that_fails_shows_its_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "fails.py").write_text("def reward(completions):\n    return {}['missing']\n")
+    flags = ["--reward_funcs", str(folder / "fails.py"), *ONLINE]
+    with pytest.raises(SystemExit) as end:
+        run(folder, "rloo", "prompts.jsonl", *flags, out=str(tmp_path / "o"))
+    assert "KeyError" in str(end.value) and "fails.py" in str(end.value)
+    assert "line 2" in str(end.value)
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "said"),
     [
@@ -245,6 +308,8 @@ class TestAsking:
         ("dpo", [], "none of the formats"),
         ("reward", ["--use_peft"], "leave out --use_peft"),
         ("sft", ["--eval_fraction", "1"], "leaves no record"),
+        ("sft", ["--save_steps", "0"], "--save_steps 0: must be at least 1"),
+        ("sft", ["--use_peft", "--lora_target_modules", "w"], "no module w: choose of down_proj"),
     ],
 )
 def test_what_cannot_be_done_is_said(

@@ -1,5 +1,7 @@
 """The command line: what it answers before anything heavy is imported."""
 
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -47,6 +49,16 @@ def test_every_flag_is_explained(name: str, capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().out
     for field in fields(COMMANDS[name].arguments):
         assert f"--{field.name}" in told
+
+
+def test_what_the_quickstart_asks_can_be_asked() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^ +rlhfjax ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    commands = [shlex.split(command.replace("\\\n", " ")) for command in asked]
+    commands = [command for command in commands if command[0] in COMMANDS]
+    assert {command[0] for command in commands} >= {"sft", "reward", "ppo", "dpo", "evaluate"}
+    for name, *flags in commands:
+        parse(name, flags)
 
 
 def test_help_does_not_wait_for_jax() -> None:

@@ -1,6 +1,7 @@
 """Batches by hand, every example once an epoch, and the same batches from any of them on."""
 
 from collections import Counter
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -34,7 +35,7 @@ def epoch(**options):
 
 def single(items: list[Tokenized], shape: Shape, batch_size: int):
     (batch,) = response_batches(
-        items, batch_size=batch_size, shapes={99: shape}, pad_token=PAD, seed=0, epoch=0
+        items, batch_size=batch_size, shapes=[shape], pad_token=PAD, seed=0, epoch=0
     )
     return batch
 
@@ -92,17 +93,14 @@ class TestResponses:
                 seen[prompt[0], len(prompt), *responses] += 1
         assert seen == Counter((p[0], len(p), len(c), len(r)) for _, p, (c, r) in PAIRS)
 
-    def test_shapes_are_few_and_hold_all(self) -> None:
-        assert 1 < len(SHAPES) <= 3
-        assert {(b.prompts.shape[1], b.responses.shape[2]) for b in epoch()} == set(SHAPES.values())
-        last = 0
-        for limit, shape in SHAPES.items():
-            members = [item for item in PAIRS if last < item.num_tokens <= limit]
-            longest = max(len(item.prompt) for item in members)
-            assert shape.prompt == -(-longest // 4) * 4
-            longest = max(len(r) for item in members for r in item.responses)
-            assert shape.response == -(-longest // 4) * 4
-            last = limit
+    def test_each_goes_into_the_shortest_shape_that_holds_it(self) -> None:
+        shapes = [Shape(19, 19), Shape(8, 4), Shape(4, 12)]
+        for batch in epoch(shapes=shapes):
+            shape = batch.prompts.shape[1], batch.responses.shape[2]
+            sizes = zip(batch.prompt_mask.sum(1), batch.response_mask.sum(2).max(1), strict=True)
+            for prompt, response in sizes:
+                fitting = [s for s in shapes if prompt <= s.prompt and response <= s.response]
+                assert shape == min(fitting, key=sum) or prompt == 0
 
     def test_every_epoch_and_seed_has_an_order_of_its_own(self) -> None:
         orders = [
@@ -127,10 +125,70 @@ class TestResponses:
         assert len(late) == len(whole) - 5
 
     def test_an_example_that_no_shape_holds_is_refused(self) -> None:
-        with pytest.raises(DataError, match="the longest batch holds 4"):
-            epoch(shapes={4: Shape(4, 4)})
-        with pytest.raises(DataError, match="there is room for 1"):
-            epoch(shapes={99: Shape(99, 1)})
+        items = [pair([1], [2], [3]), pair([1, 1, 1], [2], [3, 3])]
+        message = "example 1 has a prompt of 3 .* a response of 2, which none of 9 . 1, 2 . 9 holds"
+        with pytest.raises(DataError, match=message):
+            response_batches(
+                items, batch_size=1, shapes=[Shape(2, 9), Shape(9, 1)], pad_token=PAD, seed=0,
+                epoch=0,
+            )  # fmt: skip
+
+
+def of_lengths(*sizes: tuple[int, int]) -> list[Tokenized]:
+    return [pair([0] * p, [0] * r, [0]) for p, r in sizes]
+
+
+class TestShapes:
+    def test_one_holds_all_and_is_no_larger(self) -> None:
+        items = of_lengths((3, 9), (14, 2))
+        assert example_batches.shapes(items, num_buckets=1, multiple=4) == [Shape(16, 12)]
+
+    def test_others_save_the_most_padding(self) -> None:
+        # One of 64 tokens a row for all; a second saves 7 times 48, or 3 times 52.
+        items = of_lengths((32, 32), *[(8, 8)] * 7, *[(4, 8)] * 3, (16, 8))
+        shapes = partial(example_batches.shapes, items, multiple=4)
+        assert shapes(num_buckets=2) == [Shape(8, 8), Shape(32, 32)]
+        assert shapes(num_buckets=3) == [Shape(8, 8), Shape(16, 8), Shape(32, 32)]
+        assert len(shapes(num_buckets=9)) == 4
+
+    @pytest.mark.parametrize("multiple", [1, 8])
+    @pytest.mark.parametrize("max_length", [61, 64])
+    def test_none_is_longer_than_allowed_and_they_hold_all(
+        self, max_length: int, multiple: int
+    ) -> None:
+        sizes = [(p, min(r, max_length - p)) for p, r in RNG.integers(1, 60, (200, 2))]
+        items = of_lengths(*sizes)
+        shapes = example_batches.shapes(
+            items, num_buckets=4, max_length=max_length, multiple=multiple
+        )
+        assert max(map(sum, shapes)) <= max_length
+        assert all(any(p <= s.prompt and r <= s.response for s in shapes) for p, r in sizes)
+
+    def test_what_is_long_on_one_side_only_shares_no_shape_with_the_other_side(self) -> None:
+        # One shape would have 500 + 476 tokens in a context of 512.
+        items = of_lengths((500, 8), (30, 476), (200, 200))
+        shapes = example_batches.shapes(items, num_buckets=4, max_length=512)
+        assert shapes == [Shape(200, 200), Shape(32, 480), Shape(504, 8)]
+
+    def test_they_are_the_fewest_that_the_limit_allows(self) -> None:
+        # Prompts of 1 to 48 whose responses fill 64 tokens, 16 that go together at a time.
+        sizes = [(p, 64 - -(-p // 16) * 16) for p in range(1, 49)]
+        shapes = example_batches.shapes(of_lengths(*sizes), num_buckets=1, max_length=64)
+        assert shapes == [Shape(16, 48), Shape(32, 32), Shape(48, 16)]
+        exact = [(p, 64 - p) for p in range(1, 49)]
+        assert len(example_batches.shapes(of_lengths(*exact), num_buckets=1, max_length=64)) == 48
+
+    def test_lengths_are_rounded_up_where_there_is_room(self) -> None:
+        shapes = partial(example_batches.shapes, of_lengths((3, 9)), num_buckets=1)
+        assert [shapes(max_length=n) for n in (99, 13, 12)] == [
+            [Shape(8, 16)], [Shape(4, 9)], [Shape(3, 9)]
+        ]  # fmt: skip
+
+    def test_what_cannot_be_is_refused(self) -> None:
+        with pytest.raises(DataError, match="an example has 12 tokens, and max_length is 11"):
+            example_batches.shapes(of_lengths((3, 9)), num_buckets=1, max_length=11)
+        with pytest.raises(ValueError, match="need items and a bucket, got 0 and 1"):
+            example_batches.shapes([], num_buckets=1)
 
 
 class TestSupervised:

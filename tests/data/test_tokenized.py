@@ -114,6 +114,13 @@ class TestResponses:
         assert report.shortened == [Place("f", 1)]
         assert "1 shortened: f:1" in str(report)
 
+    @pytest.mark.parametrize(("multiple", "kept"), [(1, 9), (4, 8), (8, 4)])
+    def test_a_prompt_may_count_as_rounded_up(self, multiple: int, kept: int) -> None:
+        # A prompt of 3 with its begin, in 12 tokens.
+        example = Completion(prompt="ab", completion="cdefghijkl")
+        prompt, responses, _ = one(example, max_length=12, multiple=multiple)
+        assert (prompt, responses) == ([BEGIN, *ids("ab")], [ids("cdefghijkl")[:kept]])
+
     @pytest.mark.parametrize(
         ("options", "kept"),
         [

@@ -1,6 +1,9 @@
 """What `config.json` says, in its old and new spellings, and what is refused by name."""
 
+import json
+import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,21 @@ def of(kind: str, **options: Any) -> dict[str, Any]:
 
 def config_of(kind: str, **options: Any) -> DecoderConfig:
     return architecture(of(kind, **options)).config
+
+
+# What is published with the weights, and how many parameters the publishers count.
+PUBLIC = json.loads(Path(__file__).with_name("public_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_models_are_read_as_they_are_published(name: str) -> None:
+    known = architecture(PUBLIC[name]["config"])
+    num_parameters = sum(math.prod(entry.shape) for entry in known.entries)
+    assert num_parameters == PUBLIC[name]["num_parameters"]
+
+
+def test_they_are_of_every_family() -> None:
+    assert {public["config"]["model_type"] for public in PUBLIC.values()} == FAMILIES.keys()
 
 
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -139,6 +157,7 @@ def test_windows_are_those_of_the_family(kind: str, options: Any, windows: Any) 
         ("llama", {"hidden_act": "mish"}, "activation 'mish'"),
         ("llama", {"sliding_window": 8}, "sliding_window 8 is not known for llama"),
         ("llama", {"logit_scale": 2.0}, "logit_scale 2.0 is not known .* remove it"),
+        ("qwen2", {"use_mrope": True}, "use_mrope True"),
         ("llama", {"hidden_size": None}, "hidden_size None is no positive number"),
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, "TokenClassification"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "num_labels 2"),

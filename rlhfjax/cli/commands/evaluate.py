@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rlhfjax import checkpoint, kl, masked, rewards, sharding
 from rlhfjax.cli.arguments import Evaluate
 from rlhfjax.cli.commands import judges, training
-from rlhfjax.cli.commands.generate import completer, prompts_of, texts_of
+from rlhfjax.cli.commands.generate import completer, prompts_of, texts_of, tokens_of
 from rlhfjax.cli.plots import BLUE, ORANGE, STYLE
 from rlhfjax.data import formats
 from rlhfjax.data.tokenized import Tokenized
@@ -36,7 +36,7 @@ class Answers(NamedTuple):
       texts: [N][n], n completions of each prompt.
       scores: [N, n] of the judge, NaN where it has no opinion.
       lengths: [N, n] tokens.
-      kl: [N, n] of the policy from the baseline.
+      kl: [N, n] of the policy from the baseline, NaN where their tokens differ.
     """
 
     texts: list[list[str]]
@@ -47,17 +47,17 @@ class Answers(NamedTuple):
 
 def run(args: Evaluate) -> None:
     """Writes a table, a picture and the completions."""
-    examples = training.examples(
-        args, [args.dataset_name], formats.PROMPTS, side=training.HELD_OUT
-    )[0][: args.max_prompts]
+    found_examples = training.examples(args, [args.dataset_name], formats.PROMPTS)[1]
+    examples = found_examples[0][: args.max_prompts]
+    if not examples:
+        raise ValueError(f"--eval_fraction {args.eval_fraction} leaves no prompt")
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
     with jax.set_mesh(mesh), judges.named([args.judge], mesh) as judge:
         source = training.load(args, mesh)
         baseline = replace(args, model_name_or_path=args.baseline_name_or_path)
         other = training.load(baseline, mesh)
-        items = prompts_of(args, source, examples)
         found = {
-            name: answers(args, own, other, items, judge, mesh)
+            name: answers(args, own, other, prompts_of(args, own, examples), judge, mesh)
             for name, own in (("policy", source), ("baseline", other))
         }
     table = {name: summary(of) for name, of in found.items()}
@@ -70,8 +70,8 @@ def run(args: Evaluate) -> None:
     (args.output_dir / "evaluation.md").write_text(text, encoding="utf-8")
     picture(curve, args.output_dir / "best_of_n.png")
     with (args.output_dir / "completions.jsonl").open("w", encoding="utf-8") as file:
-        for row, item in enumerate(items):
-            line: dict[str, Any] = {"prompt": item.example.prompt}
+        for row, example in enumerate(examples):
+            line: dict[str, Any] = {"prompt": example.prompt}
             for name, of in found.items():
                 line |= {name: of.texts[row], f"{name}_scores": of.scores[row].tolist()}
             print(json.dumps(line, ensure_ascii=False), file=file)
@@ -88,6 +88,7 @@ def answers(
 ) -> Answers:
     """`--best_of` completions of each prompt, and what is thought of them."""
     complete = completer(args, own, mesh)
+    alike = own.files.get("tokenizer.json") == baseline.files.get("tokenizer.json")
     divergence = jax.jit(partial(divergences, baseline.model, temperature=args.temperature or 1.0))
     texts: list[list[str]] = [[] for _ in items]
     columns: list[dict[str, list[Any]]] = []
@@ -100,10 +101,17 @@ def answers(
             for text in written:
                 texts[row].append(text)
                 row += 1
-            scores, _ = judges.ask(judge, [item.example for item in batch], written)
+            ids = tokens_of(samples)[:real]
+            scores, _ = judges.ask(
+                judge, [item.example for item in batch], written, completion_ids=ids
+            )
             found["score"] += scores.tolist()
             found["length"] += np.asarray(samples.response_mask).sum(1)[:real].tolist()
-            found["kl"] += np.asarray(divergence(baseline.params, samples))[:real].tolist()
+            found["kl"] += (
+                np.asarray(divergence(baseline.params, samples))[:real].tolist()
+                if alike
+                else [np.nan] * real
+            )
         columns.append(found)
     numbers = {name: np.array([c[name] for c in columns]).T for name in columns[0]}
     return Answers(texts, numbers["score"], numbers["length"], numbers["kl"])
@@ -124,6 +132,8 @@ def summary(found: Answers) -> dict[str, Any]:
     words = [text.split() for of in found.texts for text in of]
     pairs = [pair for text in words for pair in pairwise(text)]
     texts = [text for of in found.texts for text in of]
+    if not np.isfinite(found.scores).any():
+        raise ValueError("the judge has no opinion on any completion: look at --judge")
     return {
         "reward": mean_of(found.scores.mean(1)),
         "kl": mean_of(found.kl.mean(1)),
@@ -133,16 +143,18 @@ def summary(found: Answers) -> dict[str, Any]:
     }
 
 
-def mean_of(values: np.ndarray) -> dict[str, float]:
-    """The mean of those that are numbers, and 1.96 standard errors."""
+def mean_of(values: np.ndarray) -> dict[str, float | None]:
+    """The mean of those that are numbers, and 1.96 standard errors; None where they say nothing."""
     known = values[np.isfinite(values)]
-    if len(known) == 0:
-        raise ValueError("the judge has no opinion on any completion: look at --judge")
-    error = known.std(ddof=1) / len(known) ** 0.5 if len(known) > 1 else np.inf
-    return {"mean": float(known.mean()), "ci95": float(INTERVAL * error), "count": len(known)}
+    n = len(known)
+    return {
+        "mean": float(known.mean()) if n else None,
+        "ci95": float(INTERVAL * known.std(ddof=1) / n**0.5) if n > 1 else None,
+        "count": n,
+    }
 
 
-def win_rate(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def win_rate(own: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     """How often a completion scores above the other policy's to the same prompt, ties half.
 
     Args:
@@ -170,7 +182,7 @@ def best_of(scores: np.ndarray) -> list[float]:
     ]
 
 
-def markdown(table: dict[str, Any], wins: dict[str, float]) -> str:
+def markdown(table: dict[str, Any], wins: dict[str, float | None]) -> str:
     """The table for a reader."""
     names = list(table)
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -182,9 +194,9 @@ def markdown(table: dict[str, Any], wins: dict[str, float]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.3f} ± {value['ci95']:.3f}"
-    return f"{value:.3f}"
+    if not isinstance(value, dict):
+        return "–" if value is None else f"{value:.3f}"
+    return f"{_cell(value['mean'])} ± {_cell(value['ci95'])}"
 
 
 def picture(curve: dict[str, list[float]], path: Path) -> None:

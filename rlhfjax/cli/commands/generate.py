@@ -28,7 +28,7 @@ def run(args: Generate) -> None:
     """Writes completions."""
     examples = [formats.Prompt(prompt=prompt) for prompt in args.prompts]
     if args.dataset_name is not None:
-        examples += training.examples(args, [args.dataset_name], formats.PROMPTS)[0]
+        examples += training.examples(args, [args.dataset_name], formats.PROMPTS)[0][0]
     if not examples:
         raise ValueError("no prompts: give --prompts or --dataset_name")
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
@@ -58,11 +58,10 @@ def prompts_of(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in a context of "
             f"{source.model.context_length} tokens: ask for fewer"
         )
+    template = training.template_of(source, args.chat_template_path)
+    training.needs_template(examples, template)
     items, report = tokenized.responses(
-        examples,
-        training.tokenizer_of(source),
-        template=training.template_of(source, args.chat_template_path),
-        max_prompt_length=room,
+        examples, training.tokenizer_of(source), template=template, max_prompt_length=room
     )
     print(report, file=sys.stderr)
     return items
@@ -80,7 +79,7 @@ def completer(
                 source.model, *given,
                 num_tokens=args.max_new_tokens,
                 pad_token=tokenizer.pad_token,
-                end_token=tokenizer.end_tokens[0] if tokenizer.end_tokens else None,
+                end_token=tokenizer.end_tokens,
                 temperature=1.0 if greedy else args.temperature,
                 sampler=sampling.greedy if greedy else sampling.categorical,
             )
@@ -110,5 +109,10 @@ def completer(
 
 def texts_of(source: Pretrained[LanguageModel], samples: Rollout) -> list[str]:
     """The completions of a rollout."""
+    return training.tokenizer_of(source).decode(tokens_of(samples))
+
+
+def tokens_of(samples: Rollout) -> list[list[int]]:
+    """The completions of a rollout as token ids."""
     rows = zip(np.asarray(samples.responses), np.asarray(samples.response_mask), strict=True)
-    return training.tokenizer_of(source).decode([row[real].tolist() for row, real in rows])
+    return [row[real].tolist() for row, real in rows]

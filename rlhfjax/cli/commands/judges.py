@@ -71,7 +71,8 @@ def ask(
 
 def _of_directory(directory: Path, mesh: Any) -> rewards.Function:
     source = pretrained.load_scalar(directory, mesh=mesh)
-    tokenizer, template = training.tokenizer_of(source), training.template_of(source)
+    tokenizer = training.of_scores(training.tokenizer_of(source))
+    template = training.template_of(source)
     score = jax.jit(partial(_scores, source.model))
 
     def score_tokens(tokens: Any, mask: Any) -> Any:

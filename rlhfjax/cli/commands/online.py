@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlhfjax import models, rewards, sharding
 from rlhfjax.algorithms import grpo, ppo, rloo
 from rlhfjax.cli import arguments
 from rlhfjax.cli.commands import judges, training
+from rlhfjax.cli.commands.generate import tokens_of
 from rlhfjax.cli.samples import write_completions
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.cursor import batches_from
@@ -55,7 +57,7 @@ def run(args: Any) -> None:
     """Trains a policy."""
     with training.opened(args, formats.PROMPTS) as session:
         mesh = session.run.mesh
-        source = training.load(args, mesh, remat=args.gradient_checkpointing)
+        source = training.load(args, mesh, remat=args.gradient_checkpointing, param_dtype="float32")
         tokenizer = training.tokenizer_of(source)
         model_key, key = jax.random.split(sharding.put(jax.random.key(args.seed), mesh))
         policy = training.policy(args, source, model_key)
@@ -102,7 +104,8 @@ def run(args: Any) -> None:
                 prompts = sharding.rows((batch.tokens, batch.mask), mesh)
                 samples = sample(state, *prompts, learner.hyper)
                 asked = [e for e in batch.examples for _ in range(learner.group_size)]
-                texts, scores, measured = scored(judge, tokenizer, asked, samples)
+                at = rewards.TrainerState(number, num_steps)
+                texts, scores, measured = scored(judge, tokenizer, asked, samples, at)
                 if number % args.log_completions_steps == 1 or args.log_completions_steps == 1:
                     write_table(session.run.is_first, args.output_dir, number, asked, texts, scores)
                 scores = sharding.rows(scores, mesh)
@@ -144,18 +147,19 @@ def lengths(args: arguments.Online, items: list[Tokenized], context: int) -> tup
 
 
 def scored(
-    judge: rewards.Combined, tokenizer: Tokenizer, asked: list[formats.Prompt], samples: Rollout
+    judge: rewards.Combined,
+    tokenizer: Tokenizer,
+    asked: list[formats.Prompt],
+    samples: Rollout,
+    at: rewards.TrainerState,
 ) -> tuple[list[str], np.ndarray, dict[str, float]]:
     """Completions, what the rewards say of them, and what is measured of both."""
-    mask = np.asarray(samples.response_mask)
-    ids = [
-        row[real].tolist() for row, real in zip(np.asarray(samples.responses), mask, strict=True)
-    ]
+    ids = tokens_of(samples)
     texts = tokenizer.decode(ids)
-    scores, measured = judges.ask(judge, asked, texts, completion_ids=ids)
+    scores, measured = judges.ask(judge, asked, texts, completion_ids=ids, trainer_state=at)
     if jax.process_count() > 1:  # a function in Python may answer each of them otherwise
         scores = multihost_utils.broadcast_one_to_all(scores)
-    lengths = mask.sum(1)
+    lengths = np.array([len(row) for row in ids])
     return (
         texts,
         scores,
@@ -163,7 +167,7 @@ def scored(
         | {
             "completions/mean_length": lengths.mean(),
             "completions/max_length": lengths.max(),
-            "completions/clipped_ratio": (lengths == mask.shape[1]).mean(),
+            "completions/clipped_ratio": (lengths == samples.response_mask.shape[1]).mean(),
         },
     )
 
@@ -174,16 +178,19 @@ def write_table(
     """The samples of an iteration, for a reader."""
     if first:
         prompts = [
-            e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in asked
+            e.prompt if isinstance(e.prompt, str) else str(e.prompt[-1]["content"]) for e in asked
         ]
-        write_completions(out / "samples" / f"{number:06d}.md", prompts, texts, scores)
+        try:
+            write_completions(out / "samples" / f"{number:06d}.md", prompts, texts, scores)
+        except OSError as error:
+            warnings.warn(f"no table of samples: {error}; training goes on", stacklevel=2)
 
 
 def _config(args: Any, tokenizer: Tokenizer, num_tokens: int) -> dict[str, Any]:
     return {
         "num_tokens": num_tokens,
         "pad_token": tokenizer.pad_token,
-        "end_token": tokenizer.end_tokens[0] if tokenizer.end_tokens else None,
+        "end_token": tokenizer.end_tokens,
         "num_minibatches": args.num_mini_batches,
         "num_micro_batches": args.gradient_accumulation_steps,
     }

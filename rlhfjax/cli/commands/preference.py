@@ -41,17 +41,19 @@ def run(args: Any) -> None:
     algorithm = method.algorithm
     with training.opened(args, method.formats) as session:
         mesh = session.run.mesh
-        source = training.load(args, mesh, remat=args.gradient_checkpointing)
+        source = training.load(args, mesh, remat=args.gradient_checkpointing, param_dtype="float32")
         tokenizer = training.tokenizer_of(source)
         policy = training.policy(args, source, jax.random.key(args.seed))
+        max_length = min(args.max_length, source.model.context_length)
         data = session.tokenized(
             tokenized.responses,
             tokenizer=tokenizer,
             template=training.template_of(source, args.chat_template_path),
             max_prompt_length=args.max_prompt_length,
-            max_length=min(args.max_length, source.model.context_length),
+            max_length=max_length,
+            multiple=training.multiple(max_length),
         )
-        room = shapes(data.items, num_buckets=training.NUM_BUCKETS)
+        room = shapes(data.items, num_buckets=training.NUM_BUCKETS, max_length=max_length)
 
         def epoch(number: int, start: int) -> Iterator[Any]:
             batches = response_batches(

@@ -35,6 +35,10 @@ class Judgements(NamedTuple):
 
 def judgements(items: Sequence[Tokenized]) -> Judgements:
     """Pairs, rankings, ratings or classes, by the format of the data."""
+    kinds = {type(item.example) for item in items}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"a reward model learns from one kind of judgement, not from {names}")
     example = items[0].example
     if isinstance(example, formats.Pair):
         return Judgements(reward_model.pairs, lambda batch: batch.pairs)
@@ -66,17 +70,24 @@ def run(args: Reward) -> None:
             args.model_name_or_path, key=key, mesh=mesh, dtype=args.dtype,
             param_dtype=jnp.float32, remat=args.gradient_checkpointing,
         )  # fmt: skip
-        tokenizer = training.tokenizer_of(source)
+        tokenizer = training.of_scores(training.tokenizer_of(source))
+        template = training.template_of(source, args.chat_template_path)
+        max_length = min(args.max_length, source.architecture.config.context_length)
         tokenize = partial(
             tokenized.responses,
             tokenizer=tokenizer,
-            template=training.template_of(source, args.chat_template_path),
-            max_length=min(args.max_length, source.architecture.config.context_length),
+            template=template,
+            max_length=max_length,
+            multiple=training.multiple(max_length),
             may_lack_prompt=True,
         )
-        data = session.tokenized(tokenize)
-        room = shapes(data.items, num_buckets=training.NUM_BUCKETS)
-        layout = {"batch_size": session.batch_size, "pad_token": tokenizer.pad_token}
+        data = session.tokenized(tokenize, template=template)
+        sizes = {"num_buckets": training.NUM_BUCKETS, "max_length": max_length}
+        room = shapes(data.items, **sizes)
+        layout: dict[str, Any] = {
+            "batch_size": session.batch_size,
+            "pad_token": tokenizer.pad_token,
+        }
         judged = judgements(data.items)
 
         def epoch(number: int, start: int) -> Iterator[Any]:
@@ -111,26 +122,58 @@ def run(args: Reward) -> None:
             overwrite=True,
         )  # fmt: skip
         held_out = {}
-        if args.eval_fraction:
-            found = training.examples(
-                args, args.dataset_name, formats.PREFERENCES, side=training.HELD_OUT
-            )
-            pairs = [pair for of in found for pair in of]
-            held_out = accuracy(params, source, tokenize(pairs)[0], layout, mesh)
+        if any(session.held_out):
+            items, _ = tokenize([example for of in session.held_out for example in of])
+            layout |= {"shapes": shapes(items, **sizes)}
+            held_out = accuracy(params, source, items, layout, mesh)
         training.finish(session, trained, **held_out)
 
 
 def accuracy(
-    params: Any, source: Any, items: list[Any], layout: dict[str, Any], mesh: Any
+    params: Any, source: Any, items: list[Tokenized], layout: dict[str, Any], mesh: Any
 ) -> dict[str, float]:
-    """How often the chosen response scores higher on held-out pairs, with its standard error."""
+    """How often what people prefer scores higher among held-out records, with its standard error.
+
+    Compared are the responses to a prompt where a record has several, and otherwise all records
+    with one another.
+    """
     score = jax.jit(lambda *given: sharding.whole(reward_model.score(source.model, *given)))
-    right: list[bool] = []
-    for batch in response_batches(
-        items, shapes=shapes(items, num_buckets=training.NUM_BUCKETS), seed=0, epoch=0, **layout
-    ):
-        scores = np.asarray(score(params, *sharding.rows(batch.sequences, mesh))).reshape(-1, 2)
-        right += (scores[:, 0] > scores[:, 1])[: len(batch.examples)].tolist()
-    share = float(np.mean(right))
-    error = (share * (1 - share) / len(right)) ** 0.5
-    return {"eval/accuracy": share, "eval/accuracy_stderr": error, "eval/num_pairs": len(right)}
+    scores: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for batch in response_batches(items, seed=0, epoch=0, **layout):
+        found = np.asarray(score(params, *sharding.rows(batch.sequences, mesh)))
+        for row, example in enumerate(batch.examples):
+            real = batch.real[row]
+            scores.append(found.reshape(batch.real.shape)[row][real])
+            labels.append(preferred(example))
+    if len(scores[0]) == 1:
+        scores, labels = [np.concatenate(scores)], [np.concatenate(labels)]
+    right = np.concatenate([shares(*both) for both in zip(scores, labels, strict=True)])
+    if len(right) == 0:
+        return {"eval/num_comparisons": 0}
+    error = right.std() / len(right) ** 0.5
+    return {
+        "eval/accuracy": float(right.mean()),
+        "eval/accuracy_stderr": float(error),
+        "eval/num_comparisons": len(right),
+    }
+
+
+def preferred(example: Any) -> np.ndarray:
+    """Of each response of a record a number, the greater the better."""
+    if isinstance(example, formats.Pair):
+        return np.array([1.0, 0.0])
+    if isinstance(example, formats.Ranking):
+        return -np.array(example.ranks, float)
+    return np.array([example.label], float)
+
+
+def shares(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each response that has another one below or above it, how often the scores agree."""
+    order = np.sign(labels[:, None] - labels[None, :])
+    agree = order * np.sign(scores[:, None] - scores[None, :])
+    compared = (order != 0).sum(1)
+    some = compared > 0
+    return ((agree > 0).sum(1)[some] + 0.5 * ((agree == 0) & (order != 0)).sum(1)[some]) / (
+        compared[some]
+    )

@@ -22,7 +22,7 @@ def run(args: SFT) -> None:
     """Fine-tunes a language model."""
     with training.opened(args, formats.SUPERVISED) as session:
         mesh = session.run.mesh
-        source = training.load(args, mesh, remat=args.gradient_checkpointing)
+        source = training.load(args, mesh, remat=args.gradient_checkpointing, param_dtype="float32")
         tokenizer = training.tokenizer_of(source)
         policy = training.policy(args, source, jax.random.key(args.seed))
         max_length = min(args.max_length, source.model.context_length)

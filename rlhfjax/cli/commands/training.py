@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from rlhfjax import pretrained, sharding
@@ -32,12 +31,12 @@ from rlhfjax.types import LanguageModel, Params
 
 # What may be another when a run is resumed: where things are, and how the work is shared.
 MAY_CHANGE = (
-    "config", "data", "dataset_name", "distributed", "fsdp", "gradient_checkpointing",
-    "model_name_or_path", "output_dir", "report_to", "resume", "save_steps", "save_total_limit",
+    "config", "data", "dataset_name", "distributed", "export_dtype", "fsdp",
+    "gradient_accumulation_steps", "gradient_checkpointing", "log_completions_steps", "output_dir",
+    "per_device_train_batch_size", "report_to", "resume", "save_steps", "save_total_limit",
     "tensor",
 )  # fmt: skip
 NUM_BUCKETS = 4
-LEARNED, HELD_OUT = 0, 1
 
 
 class Session(NamedTuple):
@@ -46,30 +45,39 @@ class Session(NamedTuple):
     Attributes:
       args: what was asked.
       run: its directory.
-      examples: of each source of data.
+      examples: of each source of data, to learn from.
+      held_out: of each source, those of `--eval_fraction`.
+      batch_size: rows of an update, on all devices.
       bad: records that were left out.
     """
 
     args: Any
     run: Run
     examples: list[list[Any]]
+    held_out: list[list[Any]]
+    batch_size: int
     bad: BadRecords
 
-    @property
-    def batch_size(self) -> int:
-        """Rows of an update, on all devices."""
-        rows = math.prod(self.run.mesh.shape[axis] for axis in ("data", "fsdp"))
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * rows
-
-    def tokenized(self, function: Callable[..., tuple[list[Any], Report]], **more: Any) -> Mixture:
+    def tokenized(
+        self,
+        function: Callable[..., tuple[list[Any], Report]],
+        *,
+        template: ChatTemplate | None,
+        **more: Any,
+    ) -> Mixture:
         """The examples as token ids; what became of them is told.
 
         Args:
           function: `tokenized.responses` or `tokenized.supervised`, all but the examples given.
+          template: of the model.
           **more: passed on.
         """
-        found = [function(examples, bad=self.bad, **more) for examples in self.examples]
+        if not all(self.examples):
+            share = self.args.eval_fraction
+            raise ValueError(f"--eval_fraction {share} leaves no record to learn from")
+        needs_template([example for of in self.examples for example in of], template)
+        more |= {"bad": self.bad, "template": template}
+        found = [function(examples, **more) for examples in self.examples]
         if self.run.is_first:
             for _, report in found:
                 print(report, file=sys.stderr)
@@ -132,19 +140,22 @@ def opened(args: Any, wanted: Sequence[formats.Format]) -> Iterator[Session]:
             f"--dataset_weights has {len(args.dataset_weights)} numbers for "
             f"{len(args.dataset_name)} data sets: give one for each"
         )
-    found = examples(args, args.dataset_name, wanted, bad=bad)
-    text = repr([[replace(example, place=None) for example in of] for of in found])
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    learned, aside = examples(args, args.dataset_name, wanted, bad=bad)
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
+    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    batch_size = rows * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    text = repr([[replace(example, place=None) for example in of] for of in learned])
+    fingerprint = f"{batch_size} rows an update of {hashlib.sha256(text.encode()).hexdigest()}"
     with (
         jax.set_mesh(mesh),
-        reports(args.report_to, args.output_dir) as told,
         Run(
             args.output_dir, asdict(args), may_change=MAY_CHANGE, mesh=mesh, resume=args.resume,
-            keep=args.save_total_limit, fingerprint=fingerprint, reports=told,
+            keep=args.save_total_limit, fingerprint=fingerprint,
         ) as run,
+        reports(args.report_to if run.is_first else (), args.output_dir) as told,
     ):  # fmt: skip
-        yield Session(args, run, found, bad)
+        run.reports += told
+        yield Session(args, run, learned, aside, batch_size, bad)
 
 
 def examples(
@@ -152,46 +163,69 @@ def examples(
     paths: Sequence[Path],
     wanted: Sequence[formats.Format],
     *,
-    side: int = LEARNED,
     bad: BadRecords | None = None,
-) -> list[list[Any]]:
-    """The examples of each file or folder, columns renamed, of one side of `--eval_fraction`."""
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The examples of each file or folder, columns renamed, on both sides of `--eval_fraction`."""
     names = dict(name.split("=") for name in args.rename if name.count("=") == 1)
     if len(names) < len(args.rename):
         raise ValueError(f"--rename {' '.join(args.rename)}: write each as old=new")
-    found = []
+    sides: tuple[list[list[Any]], list[list[Any]]] = ([], [])
     for path in paths:
-        records = held_out(read(path, bad=bad), args.eval_fraction)[side]
-        if not records:
-            raise ValueError(f"{path}: --eval_fraction {args.eval_fraction} leaves no record")
-        found.append(formats.examples(renamed(records, names), wanted, bad=bad))
-    return found
+        records = renamed(read(path, bad=bad), names)
+        for side, part in zip(sides, held_out(records, args.eval_fraction), strict=True):
+            side.append(formats.examples(part, wanted, bad=bad) if part else [])
+    return sides
 
 
-def load(args: arguments.Model, mesh: Any, *, remat: bool = False) -> Pretrained[LanguageModel]:
-    """The model of a command: float32 parameters, computing in what was asked for."""
-    return pretrained.load(
-        args.model_name_or_path, mesh=mesh, dtype=args.dtype, param_dtype=jnp.float32, remat=remat
-    )
+def load(
+    args: arguments.Model, mesh: Any, *, remat: bool = False, param_dtype: Any = None
+) -> Pretrained[LanguageModel]:
+    """The language model of a command; of an adapter's directory the base with it merged."""
+    directory = args.model_name_or_path
+    settings = {"mesh": mesh, "dtype": args.dtype, "param_dtype": param_dtype, "remat": remat}
+    if (directory / "config.json").is_file() or not (directory / peft.CONFIG).is_file():
+        return pretrained.load(directory, **settings)
+    source = pretrained.load(peft.base_of(directory), **settings)
+    adapters, scale = peft.load(directory, source.architecture)
+    return source._replace(params=lora.merge(source.params, adapters, scale=scale))
 
 
 def tokenizer_of(source: Pretrained[Any]) -> Tokenizer:
-    """The tokenizer of a directory, which must have one that fits the model."""
-    found, vocab_size = source.tokenizer, source.architecture.config.vocab_size
-    if found is None:
-        raise ValueError("the model directory has no tokenizer.json: put one there")
-    if found.vocab_size > vocab_size:
+    """The tokenizer of a directory, which must have one."""
+    if source.tokenizer is None:
+        raise ValueError("the model's directory has no tokenizer.json: put one there")
+    return source.tokenizer
+
+
+def of_scores(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of a reward model, which reads the score at the last token that does not pad.
+
+    Where the end token pads, as in GPT-2, transformers would overlook one that ends a text; such
+    texts go without it.
+    """
+    if tokenizer.pad_token not in tokenizer.end_tokens:
+        return tokenizer
+    return replace(tokenizer, end_tokens=())
+
+
+def needs_template(examples: Sequence[Any], template: ChatTemplate | None) -> None:
+    """Refuses dialogues for a model that does not say how it writes them."""
+    content = getattr(examples[0], "prompt", getattr(examples[0], "text", ""))
+    if template is None and not isinstance(content, str):
         raise ValueError(
-            f"the tokenizer has {found.vocab_size} tokens and the model room for {vocab_size}: "
-            "take the tokenizer that belongs to the model"
+            "the data are dialogues and the model has no chat template: give --chat_template_path"
         )
-    return found
 
 
 def template_of(source: Pretrained[Any], path: Path | None = None) -> ChatTemplate | None:
     """The chat template of a file, or the model's own."""
     text = source.chat_template if path is None else path.read_text(encoding="utf-8")
     return None if text is None else ChatTemplate(text, tokenizer_of(source).special_tokens)
+
+
+def multiple(max_length: int) -> int:
+    """What prompts are taken to be rounded up to, so that few shapes hold all of a length."""
+    return max(8, max_length // 16)
 
 
 class Policy(NamedTuple):
@@ -218,11 +252,14 @@ def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Poli
             source.params,
             source.params,
             lambda make, *, donate=True: memory.explained(make(source.model)),
-            lambda out, params: pretrained.save(out, source, params, overwrite=True),
+            lambda out, params: pretrained.save(
+                out, source, params, dtype=args.export_dtype, overwrite=True
+            ),
         )
     scale = args.lora_alpha / args.lora_r
     combine = partial(lora.beside, scale=scale)
-    adapters = lora.init(key, source.params, rank=args.lora_r, pattern=args.lora_target_modules)
+    pattern = peft.pattern_of(source.architecture, args.lora_target_modules)
+    adapters = lora.init(key, source.params, rank=args.lora_r, pattern=pattern)
 
     def compiled(
         make: Callable[[LanguageModel], Callable[..., Any]], *, donate: bool = True
@@ -234,8 +271,11 @@ def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Poli
         return memory.explained(partial(program, source.params))
 
     def save(out: Path, adapters: Params) -> None:
-        base = str(args.model_name_or_path)
-        peft.save(out, adapters, source.architecture, scale=scale, base=base, overwrite=True)
+        base = str(args.model_name_or_path.absolute())
+        peft.save(
+            out, adapters, source.architecture, scale=scale, base=base, files=source.files,
+            overwrite=True,
+        )  # fmt: skip
 
     return Policy(adapters, lora.nothing(adapters), compiled, save)
 
