@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import jax
@@ -22,8 +23,15 @@ def flatten(tree: Any) -> Arrays:
 
     Returns:
       name → array, as `params.layers_0.kernel`.
+
+    Raises:
+      ValueError: two arrays would have one name.
     """
-    return {_name(path): leaf for path, leaf in _leaves(jax.tree.map(_bits_of_key, tree))}
+    named = [(_name(path), leaf) for path, leaf in _leaves(jax.tree.map(_bits_of_key, tree))]
+    twice = [name for name, number in Counter(name for name, _ in named).items() if number > 1]
+    if twice:
+        raise ValueError(f"several arrays have the name {', '.join(twice)}: give other names")
+    return dict(named)
 
 
 def unflatten(arrays: Arrays, like: Any) -> Any:

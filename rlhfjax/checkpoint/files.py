@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 FILES = "files.json"
 
 
@@ -55,10 +58,18 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def seal(folder: Path, hashes: Mapping[str, str]) -> None:
     """Writes the list of a folder's files, when all of it is on the disk.
 
+    With the names in it, its own name is on the disk then; see `make` for those above.
+
     Args:
       folder: a step.
       hashes: of all its files.
+
+    Raises:
+      Refused: these are not the files that are there.
     """
+    different = hashes.keys() ^ set(names(folder))
+    if different:
+        raise Refused(f"{', '.join(sorted(different))} came or went while it was written")
     for path in (folder.parent, folder, *(p for p in folder.rglob("*") if p.is_dir())):
         sync(path)
     write_json(folder / FILES, dict(hashes) | {"all": _hash_of_list(hashes)})
@@ -90,6 +101,46 @@ def check(folder: Path, part: slice) -> None:
     for name, hash_of_it in hashes(folder, found[part]).items():
         if hash_of_it != listed[name]:
             raise Refused(f"{name} was altered")
+
+
+def as_json(content: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The content as JSON gives it back; scalars of jax and NumPy are numbers.
+
+    Args:
+      content: to be written.
+      what: it is, for the error.
+
+    Returns:
+      a copy of it.
+
+    Raises:
+      TypeError: some of it is no JSON; names it.
+    """
+
+    def number(x: Any) -> Any:
+        if isinstance(x, jax.Array | np.ndarray | np.generic) and x.ndim == 0:
+            return x.item()
+        raise TypeError(f"it holds a {type(x).__name__}")
+
+    plain = {}
+    for name, value in content.items():
+        try:
+            plain[name] = json.loads(json.dumps(value, default=number))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what}[{name!r}] is no JSON: {error}") from None
+    return plain
+
+
+def make(directory: Path) -> None:
+    """Makes a directory, and those above it, whose names are on the disk when this returns.
+
+    Args:
+      directory: may exist.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync(path.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

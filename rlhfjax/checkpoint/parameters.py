@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rlhfjax.types import Params
@@ -27,7 +28,8 @@ def restore(directory: Path, like: Params) -> Params:
     Args:
       directory: the checkpoint.
       like: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`, such as
-        `jax.eval_shape(model.init, key)`.
+        `jax.eval_shape(model.init, key)`; its shardings are where the arrays go, by default
+        where jax makes new ones.
 
     Returns:
       the tree.
@@ -42,7 +44,18 @@ def restore(directory: Path, like: Params) -> Params:
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _compare(path, stored, like)
-        return checkpointer.restore(path, like)
+        return checkpointer.restore(path, abstract(like))
+
+
+def abstract(like: Params) -> Params:
+    """Shapes, dtypes and shardings; by default where new arrays are, not where they were saved."""
+    place = jnp.zeros(()).sharding
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or place
+        ),
+        like,
+    )
 
 
 def _compare(path: Path, stored: Params, like: Params) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +23,8 @@ import orbax.checkpoint as ocp
 from rlhfjax.checkpoint import files, together
 from rlhfjax.checkpoint.digests import digests, flatten, shape_of, unflatten
 from rlhfjax.checkpoint.files import FILES, Refused, reason
-from rlhfjax.checkpoint.together import error_of, failure_anywhere
+from rlhfjax.checkpoint.parameters import abstract
+from rlhfjax.checkpoint.together import error_of, failure_anywhere, from_first
 
 FORMAT = 1
 ARRAYS, RECORD = "arrays", "record.json"
@@ -79,7 +81,7 @@ class Checkpoints:
     one makes the same calls, on a directory that all of them see.
 
     Args:
-      directory: made if it is missing.
+      directory: made if it is missing, with those above it, for good.
       config: what decides the numbers of the run, as JSON; a step of another run is refused.
       keep: how many of the last steps to keep.
       best: `metrics -> number`; the step where it is greatest is kept as well.
@@ -100,16 +102,16 @@ class Checkpoints:
         self.config = json.loads(json.dumps(dict(config), default=str))
         self.keep, self.best = keep, best
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make(self.directory)
         except OSError as error:
             raise CheckpointError(
                 f"{self.directory}: {error.strerror}; give a directory that can be written"
             ) from error
         self._refused: dict[int, str] = {}
-        self._orbax = _orbax()
+        self._orbax = self._new_orbax()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._num_saves = 0
+        self._exchange: together.Exchange  # of the save that goes on
 
     def __enter__(self) -> Self:
         return self
@@ -125,12 +127,11 @@ class Checkpoints:
                 self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            error_of(self._orbax.close)  # what it has to say, `wait` has said
 
     def steps(self) -> list[int]:
         """The steps that are saved, in their order, but for those that `restore` refused."""
-        there = (n for n in self._numbers() if (self._path(n) / FILES).is_file())
-        return [n for n in there if n not in self._refused]
+        return from_first(self._saved)
 
     def save(
         self,
@@ -155,7 +156,8 @@ class Checkpoints:
             fails, so does the save.
 
         Raises:
-          ValueError: the step is saved already.
+          ValueError: the step is saved already, or two arrays have one name.
+          TypeError: what is no JSON; jax's and NumPy's scalars are numbers.
         """
         try:
             self.wait()
@@ -167,21 +169,20 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "digests": digests(state),
-            "cursor": dict(cursor),
-            "metrics": dict(metrics or {}),
+            "cursor": files.as_json(cursor, "cursor"),
+            "metrics": files.as_json(metrics or {}, "metrics"),
             "config": self.config,
             "versions": versions(),
         }
         path = self._path(step)
         arrays = flatten(state)
+        self._exchange = together.Exchange()
         failed = together.on_first(lambda: self._make_room(path, after))
         if failed is None:
             failed = error_of(
                 lambda: self._orbax.save(path / ARRAYS, args=ocp.args.StandardSave(arrays))
             )
-        self._num_saves += 1
-        key = f"{self.directory}:{self._num_saves}"
-        self._saving = step, self._background.submit(self._finish, path, record, key, failed)
+        self._saving = step, self._background.submit(self._finish, path, record, failed)
 
     def wait(self) -> None:
         """Returns when the last step is saved.
@@ -194,8 +195,9 @@ class Checkpoints:
         (step, saving), self._saving = self._saving, None
         error = saving.exception()
         why = failure_anywhere(error)
+        self._exchange.close()
         if why:
-            self._orbax = _orbax()
+            self._orbax = self._new_orbax()
             if jax.process_index() == 0 and not (self._path(step) / FILES).exists():
                 shutil.rmtree(self._path(step), ignore_errors=True)
             last = self.steps()[-1:]
@@ -206,9 +208,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The saved step where `best` is greatest; None without `best`, or without a step."""
-        if self.best is None:
-            return None
-        return max(self.steps(), key=partial(self._goodness, self.best), default=None)
+        return next(iter(from_first(self._best)), None)
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored | None:
         """The newest step that is as it was saved, to the last bit.
@@ -218,7 +218,8 @@ class Checkpoints:
 
         Args:
           like: the state's structure, of arrays or of `jax.ShapeDtypeStruct`; its shardings are
-            where the arrays go, whatever mesh they were saved from.
+            where the arrays go, whatever mesh they were saved from; by default where jax makes
+            new ones.
           step: this one and no other, such as `best_step()`.
 
         Returns:
@@ -229,32 +230,40 @@ class Checkpoints:
             there is no such step.
         """
         self.wait()
-        self._refused = {}
+        refused: dict[int, str] = {}
         broken_off = 0
-        found = together.as_first(self._numbers())
-        if step is not None:
-            if step not in found:
-                raise CheckpointError(f"{self.directory}: there is no step {step}, only {found}")
-            found = [step]
+        found = from_first(self._numbers)
+        chosen = from_first(lambda: [] if step is None else [step])
+        if chosen:
+            if chosen[0] not in found:
+                raise CheckpointError(
+                    f"{self.directory}: there is no step {chosen[0]}, only {found}"
+                )
+            found = chosen
         for number in reversed(found):
             try:
                 restored = self._restore(number, like)
             except Refused as refusal:
-                self._refused[number] = str(refusal)
+                refused[number] = self._refused[number] = str(refusal)
                 broken_off += isinstance(refusal, _BrokenOff)
                 warnings.warn(f"{self._path(number)}: {refusal}; not taken", stacklevel=2)
             else:
-                return restored._replace(refused=dict(self._refused))
-        if step is None and broken_off == len(found):
+                self._refused.pop(number, None)
+                return restored._replace(refused=refused)
+        if not chosen and broken_off == len(found):
             return None
-        reasons = "; ".join(f"step {number}: {why}" for number, why in self._refused.items())
-        advice = "move the directory away to begin anew" if step is None else "take another one"
+        reasons = "; ".join(f"step {number}: {why}" for number, why in refused.items())
+        advice = "move the directory away to begin anew" if not chosen else "take another one"
         raise CheckpointError(f"{self.directory}: nothing can be taken: {reasons}; {advice}")
 
     def _numbers(self) -> list[int]:
         """Of all folders of steps; of none, where the directory is gone."""
         folders = (p for p in self.directory.glob("*") if p.name.isdecimal() and p.is_dir())
         return sorted(int(folder.name) for folder in folders)
+
+    def _saved(self) -> list[int]:
+        there = (n for n in self._numbers() if (self._path(n) / FILES).is_file())
+        return [n for n in there if n not in self._refused]
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -270,51 +279,67 @@ class Checkpoints:
             path.rename(next(name for name in names if not name.exists()))
         path.mkdir()
 
-    def _finish(
-        self, path: Path, record: dict[str, Any], key: str, failed: Exception | None
-    ) -> None:
-        if failed is not None:
-            raise failed
-        if jax.process_index() == 0:
-            files.write_json(path / RECORD, record)
-        self._orbax.wait_until_finished()
-        hashes = together.merged_on_first(
-            lambda: files.hashes(path, files.names(path)[together.own_part()]), key
-        )
-        if jax.process_index() != 0:
-            return
-        files.seal(path, hashes)
+    def _finish(self, path: Path, record: dict[str, Any], failed: Exception | None) -> None:
+        is_first = jax.process_index() == 0
+        try:
+            if failed is not None:
+                raise failed
+            try:
+                if is_first:
+                    files.write_json(path / RECORD, record)
+            finally:  # Before the folder may be removed.
+                self._orbax.wait_until_finished()
+            # One of them says what there is: a network may show the others less, or more.
+            names = self._exchange.tell(files.names(path) if is_first else [])[0]
+            parts = self._exchange.tell(files.hashes(path, names[together.own_part()]))
+            if is_first:
+                files.seal(path, dict(ChainMap(*parts)))
+            self._exchange.tell()
+        except Exception as error:
+            self._exchange.fail(error)
+            raise
         self._refused.pop(record["step"], None)
-        error = error_of(self._prune)
-        if error is not None:
+        left = error_of(self._prune) if is_first else None
+        if left is not None:
             warnings.warn(
-                f"{self.directory}: old steps are still there: {reason(error)}", stacklevel=2
+                f"{self.directory}: old steps are still there: {reason(left)}", stacklevel=2
             )
 
+    def _new_orbax(self) -> ocp.AsyncCheckpointer:
+        options = ocp.options.AsyncOptions(
+            # Before `save` returns: where it fails, nothing is left waiting for folders.
+            create_directories_asynchronously=False,
+            # Orbax's own would not end, for 20 minutes, where one process could not write.
+            barrier_sync_fn=lambda **_: self._exchange.tell(),
+        )
+        return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
+
     def _prune(self) -> None:
-        saved = self.steps()
-        kept = set(saved[-self.keep :])
-        best = self.best_step()
-        if best is not None:
-            kept.add(best)
+        kept = {*self._saved()[-self.keep :], *self._best()}
         for step in set(self._numbers()) - kept - self._refused.keys():
             # Without its list of files a step is none, should the rest of this not be reached.
             (self._path(step) / FILES).unlink(missing_ok=True)
             shutil.rmtree(self._path(step), ignore_errors=True)
 
+    def _best(self) -> list[int]:
+        """The best step, if there is one."""
+        if self.best is None:
+            return []
+        return sorted(self._saved(), key=partial(self._goodness, self.best), reverse=True)[:1]
+
     def _goodness(self, best: Callable[[dict[str, float]], float], step: int) -> float:
         try:
-            return best(self._record(step)["metrics"])
+            goodness = best(self._record(step)["metrics"])
         except (OSError, ValueError):  # altered, which is for `restore` to say
             return -math.inf
+        return -math.inf if math.isnan(goodness) else goodness
 
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self._path(step) / RECORD).read_bytes())
 
     def _restore(self, step: int, like: Any) -> Restored:
         path = self._path(step)
-        whole = together.as_first([int((path / FILES).exists())])
-        if whole == [0]:
+        if from_first(lambda: [int((path / FILES).exists())]) == [0]:
             raise _BrokenOff("incomplete, its saving was broken off")
         altered = failure_anywhere(error_of(lambda: files.check(path, together.own_part())))
         if altered:
@@ -332,17 +357,12 @@ class Checkpoints:
         same_config(self.directory, record["config"], self.config)
         wanted = flatten(like)
         _check_shapes(record["digests"], wanted)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            wanted,
-        )
+        places = abstract(wanted)
         read: list[dict[str, Any]] = []
+        # Its handler alone: in a barrier of Orbax's own it would miss a process that cannot read.
+        handler, args = self._orbax.handler, ocp.args.StandardRestore(places)
         unread = failure_anywhere(
-            error_of(
-                lambda: read.append(
-                    self._orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(abstract))
-                )
-            )
+            error_of(lambda: read.append(handler.restore(path / ARRAYS, args=args)))
         )
         if unread:
             raise Refused(f"cannot be read: {unread}")
@@ -403,12 +423,6 @@ def _check_shapes(stored: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
     ]
     if differ:
         raise Refused(", ".join(differ[:8]) + (f" and {len(differ) - 8} more" * (len(differ) > 8)))
-
-
-def _orbax() -> ocp.AsyncCheckpointer:
-    # Folders are made before `save` returns: where that fails, nothing is left waiting for them.
-    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
 
 
 class _BrokenOff(Refused):

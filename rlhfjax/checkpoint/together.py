@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,22 @@ def on_first(function: Callable[[], Any]) -> Exception | None:
     return error or (Refused(found) if found else None)
 
 
-def as_first(numbers: list[int]) -> list[int]:
-    """What one process sees on the disk, where a network may show the others something older."""
+def from_first(function: Callable[[], list[int]]) -> list[int]:
+    """What one process finds for all, where a network may show the others something older.
+
+    Args:
+      function: called by the first process.
+
+    Returns:
+      what it returned, in all of them.
+
+    Raises:
+      Exception: what it raised, in all of them.
+    """
+    numbers: list[int] = []
+    error = on_first(lambda: numbers.extend(function()))
+    if error is not None:
+        raise error
     if jax.process_count() == 1:
         return numbers
     length = multihost_utils.broadcast_one_to_all(np.int32(len(numbers)))
@@ -55,36 +70,68 @@ def own_part() -> slice:
     return slice(jax.process_index(), None, jax.process_count())
 
 
-def merged_on_first(function: Callable[[], dict[str, str]], key: str) -> dict[str, str]:
-    """All that the processes found, in the first one; from a thread beside a running program.
+class Exchange:
+    """Rounds in which each process tells all others something, from a thread of its own.
 
-    Args:
-      function: what each finds.
-      key: names this exchange, the same in all processes and in no other exchange.
-
-    Returns:
-      the dictionaries as one; those of the other processes get their own back.
-
-    Raises:
-      Exception: what the own function raised, or in the first process another one's failure.
+    A process that fails says so in the round that is its next, and nobody waits for it in vain.
+    All of them make one at the same time, which gets a name that no other one has.
     """
-    if jax.process_count() == 1:
-        return function()
-    client = ocp.multihost.get_jax_distributed_client()
-    own: dict[str, str] = {}
-    error = error_of(lambda: own.update(function()))
-    if jax.process_index() > 0:
-        told = {"failed": reason(error)} if error else {"found": own}
-        client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(told))
-    if error is not None:
-        raise error
-    if jax.process_index() == 0:
+
+    def __init__(self) -> None:
+        self._round, self._over = 0, False
+        if jax.process_count() > 1:
+            self._client = ocp.multihost.get_jax_distributed_client()
+            words = np.frombuffer(os.urandom(8), np.uint32)
+            agreed = np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
+            self._name = f"rlhfjax/{agreed.tobytes().hex()}"
+
+    def tell(self, what: Any = None) -> list[Any]:
+        """One round, over when all are in it.
+
+        Args:
+          what: this process tells, as JSON.
+
+        Returns:
+          what each of them told, in their order.
+
+        Raises:
+          Refused: one of them has failed, and why.
+        """
+        if jax.process_count() == 1:
+            return [what]
+        rows = [{"told": what}]
+        if jax.process_index() == 0:
+            for index in range(1, jax.process_count()):
+                rows.append(json.loads(self._get(str(index))))
+                if "failed" in rows[-1]:
+                    break
+            self._set("all", rows)
+        else:
+            self._set(str(jax.process_index()), rows[0])
+            rows = json.loads(self._get("all"))
+        self._round += 1
+        if "failed" in rows[-1]:
+            self._over = True
+            raise Refused(rows[-1]["failed"])
+        return [row["told"] for row in rows]
+
+    def fail(self, error: Exception) -> None:
+        """Tells the others, unless it is from them that this process knows."""
+        if jax.process_count() == 1 or self._over:
+            return
+        index = jax.process_index()
+        row = {"failed": f"process {index}: {reason(error)}"}
+        self._set(*((str(index), row) if index else ("all", [row])))
+
+    def close(self) -> None:
+        """Forgets what was told; to be called when no process is in a round any more."""
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            self._client.key_value_delete(f"{self._name}/")
+
+    def _set(self, name: str, told: Any) -> None:
+        self._client.key_value_set(f"{self._name}/{self._round}/{name}", json.dumps(told))
+
+    def _get(self, name: str) -> str:
         # No limit of its own: a process that is gone ends this one by the missing heartbeat.
         days = 24 * 60 * 60 * 1000
-        for index in range(1, jax.process_count()):
-            told = json.loads(client.blocking_key_value_get(f"{key}/{index}", days))
-            client.key_value_delete(f"{key}/{index}")
-            if "failed" in told:
-                raise Refused(f"process {index}: {told['failed']}")
-            own |= told["found"]
-    return own
+        return self._client.blocking_key_value_get(f"{self._name}/{self._round}/{name}", days)

@@ -49,6 +49,12 @@ def test_so_does_all_that_makes_an_array(other: Any) -> None:
     assert checkpoint.digest(other) != checkpoint.digest({"x": jnp.arange(6.0)})
 
 
+def test_two_arrays_of_one_name_are_refused() -> None:
+    tree = {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2), "c": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"the name a\.b: "):
+        checkpoint.flatten(tree)
+
+
 def test_two_elements_changed_together_do_not_cancel() -> None:
     array = np.zeros(8, np.uint32)
     seen = set()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from rlhfjax import checkpoint
@@ -125,6 +126,96 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.wait()
         assert checkpoints.steps() == [1, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "4"}
+
+
+def test_scalars_of_jax_and_numpy_are_numbers(tmp_path: Path) -> None:
+    # 9.5 is greater than 10.5 where both are text.
+    scores = [jnp.float32(9.5), np.float64(10.5), jnp.bfloat16(1), np.int32(-1)]
+    with Checkpoints(tmp_path, config={}, keep=1, best=lambda m: m["score"]) as checkpoints:
+        for step, score in enumerate(scores):
+            cursor = {"position": np.int64(step), "seen": [jnp.int32(7)]}
+            checkpoints.save(step, {"x": jnp.ones(1)}, cursor=cursor, metrics={"score": score})
+        found = checkpoints.restore({"x": jnp.ones(1)})
+        assert found is not None
+        assert found.cursor == {"position": 3, "seen": [7]} and found.metrics == {"score": -1}
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 3], 1)
+
+
+@pytest.mark.parametrize("value", [jnp.ones(2), {"at": Path("x")}, {1, 2}], ids=str)
+def test_what_is_no_json_is_named(tmp_path: Path, value: Any) -> None:
+    with Checkpoints(tmp_path, config={}) as checkpoints:
+        with pytest.raises(TypeError, match=r"cursor\['position'\] is no JSON"):
+            checkpoints.save(1, {"x": jnp.ones(1)}, cursor={"position": value})
+        assert checkpoints.steps() == []
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, config={}, keep=1, best=lambda m: m["score"]) as checkpoints:
+        for step, score in enumerate([float("nan"), 10.5, 1.0]):
+            checkpoints.save(step, {"x": jnp.ones(1)}, cursor={}, metrics={"score": score})
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 1)
+
+
+def test_the_names_of_new_folders_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    with Checkpoints(tmp_path / "a" / "b", config={}):
+        assert set(synced) == {tmp_path, tmp_path / "a"}
+    synced.clear()
+    with Checkpoints(tmp_path / "a" / "b", config={}):
+        assert synced == []
+
+
+def test_half_a_step_is_not_removed_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    wait, remove = ocp.AsyncCheckpointer.wait_until_finished, shutil.rmtree
+
+    def fails(*_: Any) -> None:
+        events.append("fails")
+        raise OSError("no room")
+
+    def waits(orbax: Any) -> None:
+        wait(orbax)
+        events.append("waits")
+
+    def removes(*args: Any, **kwargs: Any) -> None:
+        events.append("removes")
+        remove(*args, **kwargs)
+
+    with Checkpoints(tmp_path, config={}) as checkpoints:
+        monkeypatch.setattr(files, "write_json", fails)
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+        monkeypatch.setattr(shutil, "rmtree", removes)
+        checkpoints.save(1, {"x": jnp.ones(1)}, cursor={})
+        with pytest.raises(CheckpointError, match="no room"):
+            checkpoints.wait()
+        assert events[events.index("fails") :] == ["fails", "waits", "removes"]
+
+
+def test_an_error_on_its_way_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(_: Any) -> None:
+        raise OSError("while closing")
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "close", close)
+    with pytest.raises(KeyError, match="mine"), Checkpoints(tmp_path, config={}):
+        raise KeyError("mine")
+
+
+def test_files_that_came_or_went_are_not_sealed(folder: Path) -> None:
+    hashes = files.hashes(folder / "3", files.names(folder / "3"))
+    (folder / "3" / "files.json").unlink()
+    (folder / "3" / "late").write_text("")
+    with pytest.raises(files.Refused, match="late came or went"):
+        files.seal(folder / "3", hashes)
+    (folder / "3" / "late").unlink()
+    with pytest.raises(files.Refused, match="early came or went"):
+        files.seal(folder / "3", hashes | {"early": "0"})
+    assert not (folder / "3" / "files.json").exists()
 
 
 def test_a_step_of_choice_comes_back(tmp_path: Path) -> None:
@@ -255,6 +346,33 @@ class TestRefused:
             checkpoints.save(3, state_at(3), cursor={"epoch": 0, "position": 3})
         assert {p.name for p in folder.iterdir()} == {"2", "3", "3.refused"}
         assert_is(restored(folder), 3)
+
+    def test_and_is_still_refused_when_an_older_one_was_chosen(self, folder: Path) -> None:
+        (folder / "3" / "record.json").write_text("")
+        with Checkpoints(folder, config=CONFIG, keep=1) as checkpoints:
+            with pytest.warns(UserWarning, match="not taken"):
+                checkpoints.restore(state_at(0))
+            found = checkpoints.restore(state_at(0), step=1)
+            assert found is not None and found.refused == {}
+            assert checkpoints.steps() == [1, 2]
+            before = everything_in(folder / "3")
+            checkpoints.save(4, state_at(4), cursor={})
+            checkpoints.wait()
+            assert checkpoints.steps() == [4]
+        assert everything_in(folder / "3") == before
+
+    def test_and_is_taken_when_it_is_mended(self, folder: Path) -> None:
+        path = folder / "3" / "record.json"
+        content = path.read_bytes()
+        path.write_text("")
+        with Checkpoints(folder, config=CONFIG, keep=9) as checkpoints:
+            with pytest.warns(UserWarning, match="not taken"):
+                checkpoints.restore(state_at(0))
+            path.write_bytes(content)
+            found = checkpoints.restore(state_at(0))
+            assert found is not None
+            assert_is(found, 3)
+            assert checkpoints.steps() == [1, 2, 3]
 
     def test_and_takes_the_first_name_that_is_free(self, folder: Path) -> None:
         for name in ("3.refused", "3.refused2"):

@@ -66,16 +66,64 @@ for there, here in pairs:
 """
 
 
-@pytest.mark.slow
-def test_every_mesh_reads_what_another_has_written(tmp_path: Path) -> None:
+# Shapes say nothing of places: the arrays are where this process makes new ones.
+HERE = """
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rlhfjax import checkpoint, sharding
+
+folder = Path(sys.argv[1])
+state = {"w": jnp.arange(64.0), "key": jax.random.key(3)}
+like = jax.eval_shape(lambda: state)
+mesh = sharding.mesh(fsdp=jax.device_count())
+
+
+def of(state):
+    return {"w": state["w"]}
+
+
+def is_here(found, wanted):
+    here = all(x.sharding == jnp.zeros(()).sharding for x in jax.tree.leaves(found))
+    return here and checkpoint.digests(found) == checkpoint.digests(wanted)
+
+
+with checkpoint.Checkpoints(folder / "steps", config={}) as checkpoints:
+    if len(sys.argv) > 2:
+        print("step", is_here(checkpoints.restore(like).state, state))
+        print("parameters", is_here(checkpoint.restore(folder / "w", of(like)), of(state)))
+    else:
+        checkpoints.save(1, sharding.put(state, mesh), cursor={})
+        checkpoint.save(folder / "w", sharding.put(of(state), mesh))
+"""
+
+
+def run(program: str, devices: int, *args: str) -> list[str]:
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-c", program, *args],
         env={
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0",
         },
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_every_mesh_reads_what_another_has_written(tmp_path: Path) -> None:
     wanted = ["1 -> 8x1x1", "1 -> 2x2x2", "1x8x1 -> 1", "2x2x2 -> 1", "1x1x8 -> 1x8x1"]
-    assert ran.stdout.splitlines() == wanted, ran.stderr
+    assert run(PROGRAM, 8, str(tmp_path)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("there", "here"), [(8, 1), (1, 8)])
+def test_shapes_suffice_where_there_are_other_devices(
+    tmp_path: Path, there: int, here: int
+) -> None:
+    assert run(HERE, there, str(tmp_path)) == []
+    assert run(HERE, here, str(tmp_path), "restore") == ["step True", "parameters True"]
