@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics on disk, progress, samples and plots.
+"""The command line, and what a run in a directory needs: metrics, progress, samples, plots.
 
-Not imported by `import rlhfjax`: progress and plots need the extra `experiments`.
+Not imported by `import rlhfjax`: it needs the extra `cli`.
 """

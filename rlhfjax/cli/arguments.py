@@ -99,6 +99,13 @@ AT_LEAST_ONE = {
     "save_total_limit", "tensor",
 }  # fmt: skip
 """Flags that count something of which there must be one."""
+POSITIVE = {"learning_rate", "lora_alpha", "reward_time_limit"}
+NOT_NEGATIVE = {
+    "beta", "cliprange", "cliprange_value", "epsilon", "eval_fraction", "gamma", "kl_coef",
+    "label_smoothing", "lam", "max_bad_records", "max_grad_norm", "seed", "temperature",
+    "vf_coef", "warmup_ratio", "weight_decay",
+}  # fmt: skip
+AT_MOST_ONE = {"eval_fraction", "gamma", "label_smoothing", "lam", "warmup_ratio"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -110,9 +111,18 @@ def parse(name: str, flags: Sequence[str]) -> Any:
     kind = COMMANDS[name].arguments
     given = [*flags_of(configuration(flags), kind), *flags]
     asked: Any = tyro.cli(kind, prog=f"rlhfjax {name}", args=given, use_underscores=True)
-    for flag in arguments.AT_LEAST_ONE:
-        if (number := getattr(asked, flag, None)) is not None and number < 1:
-            raise UsageError(f"--{flag} {number}: must be at least 1")
+    for flags_so, holds, said in (
+        (arguments.AT_LEAST_ONE, lambda x: x >= 1, "must be at least 1"),
+        (arguments.POSITIVE, lambda x: 0 < x < math.inf, "must be a number above 0"),
+        (arguments.NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be below 0"),
+        (arguments.AT_MOST_ONE, lambda x: x <= 1, "must not be above 1"),
+    ):
+        for flag in flags_so:
+            number = getattr(asked, flag, None)
+            if number is not None and not holds(number):
+                raise UsageError(f"--{flag} {number}: {said}")
+    if isinstance(asked, arguments.Online) and asked.temperature == 0:
+        raise UsageError("--temperature 0: a policy that always says the same learns nothing")
     return asked
 
 

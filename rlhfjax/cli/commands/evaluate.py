@@ -52,14 +52,14 @@ def run(args: Evaluate) -> None:
     if not examples:
         raise ValueError(f"--eval_fraction {args.eval_fraction} leaves no prompt")
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
-    with jax.set_mesh(mesh), judges.named([args.judge], mesh) as judge:
-        source = training.load(args, mesh)
-        baseline = replace(args, model_name_or_path=args.baseline_name_or_path)
-        other = training.load(baseline, mesh)
-        found = {
-            name: answers(args, own, other, prompts_of(args, own, examples), judge, mesh)
-            for name, own in (("policy", source), ("baseline", other))
-        }
+    baseline = replace(args, model_name_or_path=args.baseline_name_or_path)
+    with jax.set_mesh(mesh):
+        source, other = training.load(args, mesh), training.load(baseline, mesh)
+        with judges.named([args.judge], source, mesh) as judge:
+            found = {
+                name: answers(args, own, other, prompts_of(args, own, examples), judge, mesh)
+                for name, own in (("policy", source), ("baseline", other))
+            }
     table = {name: summary(of) for name, of in found.items()}
     comparison = win_rate(found["policy"].scores, found["baseline"].scores)
     curve = {name: best_of(of.scores) for name, of in found.items()}
@@ -135,12 +135,19 @@ def summary(found: Answers) -> dict[str, Any]:
     if not np.isfinite(found.scores).any():
         raise ValueError("the judge has no opinion on any completion: look at --judge")
     return {
-        "reward": mean_of(found.scores.mean(1)),
-        "kl": mean_of(found.kl.mean(1)),
+        "reward": mean_of(of_prompts(found.scores)),
+        "kl": mean_of(of_prompts(found.kl)),
         "length": mean_of(found.lengths.mean(1)),
         "distinct_texts": len(set(texts)) / len(texts),
         "distinct_pairs_of_words": len(set(pairs)) / max(len(pairs), 1),
     }
+
+
+def of_prompts(values: np.ndarray) -> np.ndarray:
+    """[N, n] → [N], the mean of those that are numbers; NaN where none is."""
+    known = np.isfinite(values)
+    total = np.where(known, values, 0.0).sum(1)
+    return np.where(known.any(1), total / np.maximum(known.sum(1), 1), np.nan)
 
 
 def mean_of(values: np.ndarray) -> dict[str, float | None]:
@@ -166,7 +173,7 @@ def win_rate(own: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     """
     differences = own[:, :, None] - other[:, None, :]
     wins = np.where(np.isnan(differences), np.nan, (np.sign(differences) + 1) / 2)
-    return mean_of(wins.reshape(len(own), -1).mean(1))
+    return mean_of(of_prompts(wins.reshape(len(own), -1)))
 
 
 def best_of(scores: np.ndarray) -> list[float]:

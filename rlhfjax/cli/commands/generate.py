@@ -58,12 +58,18 @@ def prompts_of(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in a context of "
             f"{source.model.context_length} tokens: ask for fewer"
         )
-    template = training.template_of(source, args.chat_template_path)
+    template = training.template_of(source)
     training.needs_template(examples, template)
     items, report = tokenized.responses(
         examples, training.tokenizer_of(source), template=template, max_prompt_length=room
     )
     print(report, file=sys.stderr)
+    highest = max(token for item in items for token in item.prompt)
+    if highest >= source.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer says token {highest}, the model has {source.model.vocab_size}: they do "
+            "not belong together"
+        )
     return items
 
 

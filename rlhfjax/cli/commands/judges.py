@@ -35,16 +35,19 @@ def opened(args: arguments.Online, source: Any, mesh: Any) -> Iterator[rewards.C
       `(prompts, completions, **columns) -> (scores, metrics)`.
     """
     with named(
-        args.reward_funcs, mesh, weights=args.reward_weights or None,
+        args.reward_funcs, source, mesh, weights=args.reward_weights or None,
         time_limit=args.reward_time_limit, call=CALLS[args.reward_failures],
     ) as judge:  # fmt: skip
         yield judge
 
 
 @contextmanager
-def named(names: Sequence[str], mesh: Any, **more: Any) -> Iterator[rewards.Combined]:
+def named(names: Sequence[str], source: Any, mesh: Any, **more: Any) -> Iterator[rewards.Combined]:
     """`rewards.Combined` of functions and of reward models' directories."""
-    functions = [_of_directory(Path(x), mesh) if Path(x).is_dir() else x for x in names]
+    for name in names:
+        if "/" in name and ".py" not in name and "(" not in name and not Path(name).exists():
+            raise ValueError(f"{name}: no such directory or file")
+    functions = [_of_directory(Path(x), source, mesh) if Path(x).is_dir() else x for x in names]
     with rewards.Combined(functions, **more) as judge:
         yield judge
 
@@ -69,8 +72,10 @@ def ask(
     return judge(prompts, rewards.completions_to(prompts, texts), **columns, **more)
 
 
-def _of_directory(directory: Path, mesh: Any) -> rewards.Function:
+def _of_directory(directory: Path, policy: Any, mesh: Any) -> rewards.Function:
     source = pretrained.load_scalar(directory, mesh=mesh)
+    if source.chat_template is None:
+        source = source._replace(chat_template=policy.chat_template)
     tokenizer = training.of_scores(training.tokenizer_of(source))
     template = training.template_of(source)
     score = jax.jit(partial(_scores, source.model))
@@ -78,17 +83,23 @@ def _of_directory(directory: Path, mesh: Any) -> rewards.Function:
     def score_tokens(tokens: Any, mask: Any) -> Any:
         return score(source.params, *sharding.rows((tokens, mask), mesh))
 
+    context = source.architecture.config.context_length
+    tokens_of = partial(
+        tokenized.responses, tokenizer=tokenizer, template=template, may_lack_prompt=True,
+        max_prompt_length=context - 1, max_length=context,
+    )  # fmt: skip
+
     def encode(prompt: formats.Content, completion: formats.Content) -> list[int]:
-        example = formats.Completion(prompt=prompt, completion=completion)
-        (item,), _ = tokenized.responses(
-            [example], tokenizer, template=template, may_lack_prompt=True
-        )
+        if completion == "" and not tokenizer.end_tokens:  # the prompt is all that there is
+            (item,), _ = tokens_of([formats.Prompt(prompt=prompt)])
+            return item.prompt
+        (item,), _ = tokens_of([formats.Completion(prompt=prompt, completion=completion)])
         return [*item.prompt, *item.responses[0]]
 
     return rewards.of_texts(
         score_tokens,
         encode,
-        length=source.model.context_length or 1 << 30,
+        length=context,
         batch_size=ROWS_AT_ONCE,
         pad_token=tokenizer.pad_token,
         name=directory.name,

@@ -61,13 +61,14 @@ def run(args: Any) -> None:
         tokenizer = training.tokenizer_of(source)
         model_key, key = jax.random.split(sharding.put(jax.random.key(args.seed), mesh))
         policy = training.policy(args, source, model_key)
+        context = source.model.context_length
         data = session.tokenized(
             tokenized.responses,
             tokenizer=tokenizer,
-            template=training.template_of(source, args.chat_template_path),
-            max_prompt_length=args.max_prompt_length,
+            template=training.template_of(source),
+            max_prompt_length=min(args.max_prompt_length, room_for_prompts(args, context)),
         )
-        length, num_tokens = lengths(args, data.items, source.model.context_length)
+        length, num_tokens = lengths(args, data.items, context)
         width = source.architecture.config.width
         learner = LEARNERS[type(args)](args, tokenizer, num_tokens, width)
         num_prompts, rest = divmod(session.batch_size * args.num_mini_batches, learner.group_size)
@@ -127,16 +128,16 @@ def run(args: Any) -> None:
         training.finish(session, trained)
 
 
+def room_for_prompts(args: arguments.Online, context: int) -> int:
+    """Tokens that completions leave, but half of the context at least."""
+    return max(context - args.max_completion_length, context // 2)
+
+
 def lengths(args: arguments.Online, items: list[Tokenized], context: int) -> tuple[int, int]:
     """Of prompts and of completions in tokens; completions get what the context leaves."""
     longest = max(len(item.prompt) for item in items)
-    length = min(-(-longest // MULTIPLE) * MULTIPLE, max(longest, context - 1))
+    length = min(-(-longest // MULTIPLE) * MULTIPLE, max(longest, room_for_prompts(args, context)))
     num_tokens = min(args.max_completion_length, context - length)
-    if num_tokens < 1:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in a context of {context}: "
-            "lower --max_prompt_length"
-        )
     if num_tokens < args.max_completion_length:
         print(
             f"completions have {num_tokens} tokens and not --max_completion_length "

@@ -48,7 +48,7 @@ def run(args: Any) -> None:
         data = session.tokenized(
             tokenized.responses,
             tokenizer=tokenizer,
-            template=training.template_of(source, args.chat_template_path),
+            template=training.template_of(source),
             max_prompt_length=args.max_prompt_length,
             max_length=max_length,
             multiple=training.multiple(max_length),

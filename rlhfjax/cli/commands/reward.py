@@ -63,6 +63,10 @@ def run(args: Reward) -> None:
     """Trains a reward model."""
     if args.use_peft:
         raise ValueError("a reward model is trained as a whole: leave out --use_peft")
+    if training.is_adapter(args.model_name_or_path):
+        raise ValueError(
+            f"{args.model_name_or_path} holds an adapter: make a model of it with `rlhfjax export`"
+        )
     with training.opened(args, formats.JUDGED) as session:
         mesh = session.run.mesh
         key = sharding.put(jax.random.key(args.seed), mesh)
@@ -70,8 +74,9 @@ def run(args: Reward) -> None:
             args.model_name_or_path, key=key, mesh=mesh, dtype=args.dtype,
             param_dtype=jnp.float32, remat=args.gradient_checkpointing,
         )  # fmt: skip
+        source = training.with_template(source, args.chat_template_path)
         tokenizer = training.of_scores(training.tokenizer_of(source))
-        template = training.template_of(source, args.chat_template_path)
+        template = training.template_of(source)
         max_length = min(args.max_length, source.architecture.config.context_length)
         tokenize = partial(
             tokenized.responses,
@@ -82,6 +87,8 @@ def run(args: Reward) -> None:
             may_lack_prompt=True,
         )
         data = session.tokenized(tokenize, template=template)
+        aside = [example for of in session.held_out for example in of]
+        kept = tokenize(aside, bad=session.bad)[0] if aside else []
         sizes = {"num_buckets": training.NUM_BUCKETS, "max_length": max_length}
         room = shapes(data.items, **sizes)
         layout: dict[str, Any] = {
@@ -122,10 +129,9 @@ def run(args: Reward) -> None:
             overwrite=True,
         )  # fmt: skip
         held_out = {}
-        if any(session.held_out):
-            items, _ = tokenize([example for of in session.held_out for example in of])
-            layout |= {"shapes": shapes(items, **sizes)}
-            held_out = accuracy(params, source, items, layout, mesh)
+        if kept:
+            layout |= {"shapes": shapes(kept, **sizes)}
+            held_out = accuracy(params, source, kept, layout, mesh)
         training.finish(session, trained, **held_out)
 
 
@@ -147,15 +153,17 @@ def accuracy(
             scores.append(found.reshape(batch.real.shape)[row][real])
             labels.append(preferred(example))
     if len(scores[0]) == 1:
-        scores, labels = [np.concatenate(scores)], [np.concatenate(labels)]
-    right = np.concatenate([shares(*both) for both in zip(scores, labels, strict=True)])
+        right = shares(np.concatenate(scores), np.concatenate(labels))
+    else:
+        of_records = [shares(*both) for both in zip(scores, labels, strict=True)]
+        right = np.array([of.mean() for of in of_records if len(of)])
     if len(right) == 0:
-        return {"eval/num_comparisons": 0}
+        return {"eval/num_compared": 0}
     error = right.std() / len(right) ** 0.5
     return {
         "eval/accuracy": float(right.mean()),
         "eval/accuracy_stderr": float(error),
-        "eval/num_comparisons": len(right),
+        "eval/num_compared": len(right),
     }
 
 

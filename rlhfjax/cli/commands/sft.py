@@ -30,7 +30,7 @@ def run(args: SFT) -> None:
             tokenized.supervised,
             tokenizer=tokenizer,
             learn=partial(learned, args),
-            template=training.template_of(source, args.chat_template_path),
+            template=training.template_of(source),
             max_length=max_length,
         )
         layout: dict[str, Any] = {

@@ -183,11 +183,26 @@ def load(
     """The language model of a command; of an adapter's directory the base with it merged."""
     directory = args.model_name_or_path
     settings = {"mesh": mesh, "dtype": args.dtype, "param_dtype": param_dtype, "remat": remat}
-    if (directory / "config.json").is_file() or not (directory / peft.CONFIG).is_file():
-        return pretrained.load(directory, **settings)
+    if not is_adapter(directory):
+        return with_template(pretrained.load(directory, **settings), args.chat_template_path)
     source = pretrained.load(peft.base_of(directory), **settings)
     adapters, scale = peft.load(directory, source.architecture)
-    return source._replace(params=lora.merge(source.params, adapters, scale=scale))
+    source = source._replace(params=lora.merge(source.params, adapters, scale=scale))
+    return with_template(source, args.chat_template_path)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Does it hold an adapter, and no model?"""
+    return (directory / peft.CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def with_template(source: Pretrained[Any], path: Path | None) -> Pretrained[Any]:
+    """The model with the chat template of a file, which then goes along when it is exported."""
+    if path is None:
+        return source
+    text = path.read_text(encoding="utf-8")
+    files = dict(source.files) | {"chat_template.jinja": text.encode()}
+    return source._replace(chat_template=text, files=files)
 
 
 def tokenizer_of(source: Pretrained[Any]) -> Tokenizer:
@@ -217,9 +232,9 @@ def needs_template(examples: Sequence[Any], template: ChatTemplate | None) -> No
         )
 
 
-def template_of(source: Pretrained[Any], path: Path | None = None) -> ChatTemplate | None:
-    """The chat template of a file, or the model's own."""
-    text = source.chat_template if path is None else path.read_text(encoding="utf-8")
+def template_of(source: Pretrained[Any]) -> ChatTemplate | None:
+    """The chat template of a model, if it has one."""
+    text = source.chat_template
     return None if text is None else ChatTemplate(text, tokenizer_of(source).special_tokens)
 
 
@@ -247,6 +262,11 @@ class Policy(NamedTuple):
 
 def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Policy:
     """What `--use_peft` says."""
+    if args.use_peft and is_adapter(args.model_name_or_path):
+        raise ValueError(
+            f"{args.model_name_or_path} holds an adapter itself: make a model of it with "
+            "`rlhfjax export`, and put the new adapter on that"
+        )
     if not args.use_peft:
         return Policy(
             source.params,
