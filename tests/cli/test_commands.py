@@ -151,6 +151,9 @@ class TestTraining:
         out = run(folder, "kto", data, *SMALL, "--num_train_epochs", "4", out=str(tmp_path / "o"))
         margins = [row["rewards/margins"] for row in rows(out)]
         assert margins[-1] > margins[0]
+        alone = ["--per_device_train_batch_size", "1"]
+        with pytest.raises(SystemExit, match="has 1 row, and this method compares 2"):
+            run(folder, "kto", data, *alone, out=str(tmp_path / "alone"))
 
 
 class TestOnline:

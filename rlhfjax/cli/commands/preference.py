@@ -26,6 +26,7 @@ class Method(NamedTuple):
       formats: of the data that it learns from.
       batch: what its step takes of a batch.
       has_reference: whether it asks what another policy thinks.
+      smallest_batch: rows of an update without which it means nothing.
     """
 
     algorithm: Any
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     formats: Sequence[formats.Format]
     batch: Callable[[ResponseBatch], Any]
     has_reference: bool
+    smallest_batch: int = 1
 
 
 def run(args: Any) -> None:
@@ -40,6 +42,11 @@ def run(args: Any) -> None:
     method = METHODS[type(args)](args)
     algorithm = method.algorithm
     with training.opened(args, method.formats) as session:
+        if session.batch_size < method.smallest_batch:
+            raise ValueError(
+                f"an update has {session.batch_size} row, and this method compares "
+                f"{method.smallest_batch}: raise --per_device_train_batch_size"
+            )
         mesh = session.run.mesh
         source = training.load(args, mesh, remat=args.gradient_checkpointing, param_dtype="float32")
         tokenizer = training.tokenizer_of(source)
@@ -115,10 +122,11 @@ def _kto(args: arguments.KTO) -> Method:
         desirable_weight=args.desirable_weight,
         undesirable_weight=args.undesirable_weight,
     )
-
+    # The completion of a row to the prompt of another one says what z is.
     return Method(
-        kto, hyper, (formats.UNPAIRED,), lambda batch: batch.labelled(batch.labels[:, None]), True
-    )
+        kto, hyper, (formats.UNPAIRED,), lambda batch: batch.labelled(batch.labels[:, None]),
+        has_reference=True, smallest_batch=2,
+    )  # fmt: skip
 
 
 METHODS: dict[type, Callable[[Any], Method]] = {

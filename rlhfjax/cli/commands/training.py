@@ -75,7 +75,7 @@ class Session(NamedTuple):
         if not all(self.examples):
             share = self.args.eval_fraction
             raise ValueError(f"--eval_fraction {share} leaves no record to learn from")
-        needs_template([example for of in self.examples for example in of], template)
+        needs_template(self.examples[0], template)
         more |= {"bad": self.bad, "template": template}
         found = [function(examples, **more) for examples in self.examples]
         if self.run.is_first:
