@@ -217,7 +217,8 @@ class Run:
         )
         folder = self.out / "checkpoints" / stage
         by = None if best is None else partial(_metric, best)
-        with Checkpoints(folder, config=self.config, keep=self.keep, best=by) as checkpoints:
+        known = self.config | {"fingerprint": self.fingerprint}
+        with Checkpoints(folder, config=known, keep=self.keep, best=by) as checkpoints:
             restored = checkpoints.restore(like)
             if restored is None:
                 done, cursor, state = 0, Cursor(), begin(*inputs)

@@ -230,6 +230,13 @@ def test_other_data_are_another_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a run on other data: a there, b here"):
         train(tmp_path, fingerprint="b", resume=True, config=CONFIG | {"out": "there"})
     assert (tmp_path / "config.yaml").read_bytes() == before
+    # Every step knows it as well.
+    (tmp_path / "env.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="env.json was altered"),
+        pytest.raises(CheckpointError, match="another run: fingerprint is 'a' there, 'b' here"),
+    ):
+        train(tmp_path, fingerprint="b", resume=True)
 
 
 def test_other_versions_are_told(unbroken: tuple[Path, Trained], tmp_path: Path) -> None:
