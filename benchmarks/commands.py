@@ -52,7 +52,9 @@ def measured(command: list[str]) -> dict[str, Any]:
     """Seconds until the first line, until the end, and the peak of memory."""
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhfjax.cli.main", *command], stderr=subprocess.PIPE
+        [sys.executable, "-m", "rlhfjax.cli.main", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
     process.stderr.readline()
@@ -104,6 +106,9 @@ def main() -> None:
             "--output_dir", folder / "evaluation",
         ]  # fmt: skip
         print(json.dumps(measured([str(part) for part in judged])), flush=True)
+        exported = ["export", "--model_name_or_path", model, "--output_dir", folder / "exported"]
+        print(json.dumps(measured([str(part) for part in exported])), flush=True)
+        print(json.dumps(measured(["env"])), flush=True)
 
 
 if __name__ == "__main__":

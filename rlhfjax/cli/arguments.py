@@ -311,10 +311,12 @@ class Evaluate(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Model):
-    """A model with a LoRA adapter as a model of its own."""
+    """A model of its own from one with a LoRA adapter, or in another dtype."""
 
-    adapter: Path
-    """Directory in PEFT's format."""
+    adapter: Path | None = None
+    """Directory in PEFT's format; not needed where --model_name_or_path is one itself."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported model."""
     output_dir: Path
     """Directory in the Hugging Face layout."""
 

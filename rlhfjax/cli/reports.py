@@ -35,13 +35,19 @@ def _tensorboard(out: Path) -> Iterator[Report]:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError:
         raise ModuleNotFoundError(_MISSING.format("tensorboardX", "cli", "tensorboard")) from None
-    with SummaryWriter(str(out / "tensorboard")) as writer:
-        yield lambda row: _write(writer, row)
+    with ExitStack() as stack:
+        writer: Any = None
 
+        def write(row: dict[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                # What a run that was broken off has written beyond its last checkpoint is hidden.
+                events = SummaryWriter(str(out / "tensorboard"), purge_step=row["step"])
+                writer = stack.enter_context(events)
+            for name, x in _numbers(row).items():
+                writer.add_scalar(name, x, row["step"])
 
-def _write(writer: Any, row: dict[str, Any]) -> None:
-    for name, x in _numbers(row).items():
-        writer.add_scalar(name, x, row["step"])
+        yield write
 
 
 @contextmanager

@@ -94,8 +94,8 @@ def load(
     known = opened.architecture
     if known.head is not None:
         raise DirectoryError(
-            f"{directory / CONFIG}: the architecture gives scores and has no LM head: "
-            "load it with load_scalar"
+            f"{directory / CONFIG}: a reward model, which load_scalar reads: it gives scores and "
+            "has no LM head; give the directory of a language model"
         )
     places = _Places(mesh, rules, dtype if param_dtype is None else param_dtype)
     params = _read(directory, known.entries, known.ignored, places)
@@ -141,8 +141,8 @@ def load_scalar(
     fresh = opened.architecture.head is None
     if fresh and key is None:
         raise ValueError(
-            f"{directory} holds a language model and no head for scores: give load_scalar a key "
-            "for a fresh one"
+            f"{directory} holds a language model, without a head for scores: give the directory of "
+            "a reward model, or load_scalar a key for a fresh head"
         )
     known = _with_scores(opened)
     head = score_head(known.config.width, stddev=stddev)

@@ -149,6 +149,9 @@ def _serve(connection: Connection, pickled: bytes, folder: str) -> None:
         if isinstance(function, str):
             function = functions.load(function)
         connection.send((True, (name_of(function), bare_signature(function))))
+    except RewardError as error:  # says where and why
+        connection.send((False, error))
+        return
     except Exception as error:
         connection.send((False, _portable(error)))
         return

@@ -58,7 +58,7 @@ def mesh(
         )
         raise ValueError(
             f"a mesh of {asked} does not fit {len(devices)} devices: the product of the axes must "
-            "be their number; pass `devices` to use some of them"
+            "be their number"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

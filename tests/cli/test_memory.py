@@ -1,5 +1,7 @@
 """A program that asks for more memory than there is, and what it is told."""
 
+import re
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.cli import memory
+from rlhfjax.cli.main import COMMANDS
 
 SIZE = 3_000_000
 GIB = 2**30
@@ -68,6 +71,13 @@ def test_a_program_that_cannot_even_be_compiled_is_told_what_helps() -> None:
 
     with pytest.raises(MemoryError, match=r"cannot be compiled to measure it: What helps"):
         memory.explained(uncompilable)(jnp.ones(8))
+
+
+def test_users_of_commands_are_told_of_flags_that_there_are() -> None:
+    there = {field.name for command in COMMANDS.values() for field in fields(command.arguments)}
+    told = re.findall(r"--(\w+)", " ".join(memory.OF_COMMANDS.passes + memory.OF_COMMANDS.state))
+    assert set(told) <= there
+    assert len(told) >= 6
 
 
 def test_what_fits_is_what_the_function_returns() -> None:

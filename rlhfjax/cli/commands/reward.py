@@ -112,7 +112,8 @@ def run(args: Reward) -> None:
                 optimizer,
                 objective=judged.objective,
                 num_micro_batches=args.gradient_accumulation_steps,
-            )
+            ),
+            memory.OF_COMMANDS,
         )
         trained = session.train(
             "reward",

@@ -271,7 +271,7 @@ def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Poli
         return Policy(
             source.params,
             source.params,
-            lambda make, *, donate=True: memory.explained(make(source.model)),
+            lambda make, *, donate=True: memory.explained(make(source.model), memory.OF_COMMANDS),
             lambda out, params: pretrained.save(
                 out, source, params, dtype=args.export_dtype, overwrite=True
             ),
@@ -288,7 +288,7 @@ def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Poli
             return make(lora.on(source.model, base, combine=combine))(*given)
 
         program = jax.jit(over_adapters, donate_argnums=(1,) if donate else ())
-        return memory.explained(partial(program, source.params))
+        return partial(memory.explained(program, memory.OF_COMMANDS), source.params)
 
     def save(out: Path, adapters: Params) -> None:
         base = str(args.model_name_or_path.absolute())
