@@ -15,7 +15,8 @@ class Model:
     """The model that is trained or asked."""
 
     model_name_or_path: Path
-    """Directory in the Hugging Face layout: config.json, safetensors, tokenizer.json."""
+    """Directory in the Hugging Face layout: config.json, safetensors, tokenizer.json; or of an
+    adapter in PEFT's format, which is merged into the model that it names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; trained parameters are float32."""
     chat_template_path: Path | None = None
@@ -73,7 +74,7 @@ class Training(Model):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, the same result."""
     use_peft: bool = False
-    """Train a LoRA adapter and leave the model as it is."""
+    """Train a LoRA adapter, and a reward model's head, and leave the model as it is."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32

@@ -2,6 +2,7 @@
 
 from rlhfjax.pretrained.directory import (
     Pretrained,
+    gives_scores,
     init,
     load,
     load_scalar,
@@ -20,6 +21,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedError",
     "architecture",
+    "gives_scores",
     "init",
     "load",
     "load_scalar",

@@ -21,7 +21,8 @@ from jax.typing import DTypeLike
 
 from rlhfjax import models, sharding
 from rlhfjax.checkpoint.together import error_of, failure_anywhere
-from rlhfjax.pretrained import reading, writing
+from rlhfjax.models.lora import Adapters
+from rlhfjax.pretrained import peft, reading, writing
 from rlhfjax.pretrained.families import (
     Architecture,
     UnsupportedError,
@@ -30,7 +31,14 @@ from rlhfjax.pretrained.families import (
 )
 from rlhfjax.pretrained.reading import CONFIG, DirectoryError
 from rlhfjax.pretrained.tensors import Entry
-from rlhfjax.pretrained.tokenizer import FILES, Tokenizer, chat_template, tokenizer
+from rlhfjax.pretrained.tokenizer import (
+    FILES,
+    GENERATION,
+    TOKENIZER,
+    Tokenizer,
+    chat_template,
+    tokenizer,
+)
 from rlhfjax.types import LanguageModel, Params, ScalarModel
 
 Model = TypeVar("Model")
@@ -62,6 +70,7 @@ class Pretrained(NamedTuple, Generic[Model]):
 def load(
     directory: Path | str,
     *,
+    adapter: Path | str | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
     dtype: DTypeLike = jnp.float32,
@@ -73,8 +82,13 @@ def load(
     All names, shapes and sizes are checked before a tensor is read; then one parameter at a time
     is read, cast and put where it belongs. No pickle is opened and no code of the model's is run.
 
+    An adapter in PEFT's format is merged as the matrices are read. A tokenizer that lies beside it
+    goes before that of the model.
+
     Args:
-      directory: with `config.json`, safetensors and, if there is a tokenizer, `tokenizer.json`.
+      directory: with `config.json`, safetensors and, if there is a tokenizer, `tokenizer.json`; or
+        of an adapter that says where its model is.
+      adapter: directory of an adapter on it.
       mesh: the devices; None for the default device.
       rules: see `sharding.shardings`.
       dtype: of the computation.
@@ -89,22 +103,24 @@ def load(
       UnsupportedError: `config.json` asks for what the decoder does not have.
       ImportError: there is a tokenizer and `tokenizers` is not installed.
     """
-    directory = Path(directory)
-    opened = _open(directory, dtype, remat)
+    base, adapters = _parts(directory, adapter)
+    opened = _open(base, adapters, dtype, remat)
     known = opened.architecture
     if known.head is not None:
         raise DirectoryError(
-            f"{directory / CONFIG}: a reward model, which load_scalar reads: it gives scores and "
+            f"{base / CONFIG}: a reward model, which load_scalar reads: it gives scores and "
             "has no LM head; give the directory of a language model"
         )
     places = _Places(mesh, rules, dtype if param_dtype is None else param_dtype)
-    params = _read(directory, known.entries, known.ignored, places)
+    changes = _changes(adapters, known).adapters
+    params = _read(base, known.entries, known.ignored, changes, places)
     return opened._replace(model=models.decoder(known.config), params=params)
 
 
 def load_scalar(
     directory: Path | str,
     *,
+    adapter: Path | str | None = None,
     key: Array | None = None,
     stddev: float | None = None,
     mesh: Mesh | None = None,
@@ -115,11 +131,12 @@ def load_scalar(
 ) -> Pretrained[ScalarModel]:
     """A reward model or value function from a directory in the Hugging Face layout.
 
-    The directory of a `…ForSequenceClassification` with one label has a head; on the states of a
-    language model a fresh one is put.
+    The directory of a `…ForSequenceClassification` with one label has a head, and so has an adapter
+    of a reward model; on the states of a language model a fresh one is put.
 
     Args:
       directory: as for `load`.
+      adapter: likewise.
       key: of a fresh head; needed where the directory has none, and used nowhere else.
       stddev: of a fresh head; None means 1/√(D + 1). A value function begins with 0.
       mesh: as for `load`.
@@ -136,23 +153,48 @@ def load_scalar(
       ValueError: the directory has no head and there is no key.
       DirectoryError, UnsupportedError, ImportError: as for `load`.
     """
-    directory = Path(directory)
-    opened = _open(directory, dtype, remat)
-    fresh = opened.architecture.head is None
+    base, adapters = _parts(directory, adapter)
+    opened = _open(base, adapters, dtype, remat)
+    known = _with_scores(opened)
+    changes = _changes(adapters, known)
+    stored = opened.architecture.head is not None
+    fresh = changes.head is None and not stored
     if fresh and key is None:
         raise ValueError(
             f"{directory} holds a language model, without a head for scores: give the directory of "
             "a reward model, or load_scalar a key for a fresh head"
         )
-    known = _with_scores(opened)
     head = score_head(known.config.width, stddev=stddev)
     places = _Places(mesh, rules, dtype if param_dtype is None else param_dtype)
     entries = _scalar_entries(known)
-    params = _read(directory, entries[:-1] if fresh else entries, known.ignored, places)
-    if key is not None and fresh:
+    of_backbone = {f"backbone/{name}": adapter for name, adapter in changes.adapters.items()}
+    wanted = entries if stored else entries[:-1]
+    params = _read(base, wanted, known.ignored, of_backbone, places)
+    if changes.head is not None:
+        kernel = np.asarray(changes.head["kernel"], places.dtype)
+        params["head"] = {"kernel": _put(kernel, *places.of(entries[-1:]))}
+    elif key is not None and fresh:
         params |= places.born(lambda key: {"head": head.init(key)}, key)
     model = models.scalar_model(models.decoder(known.config), head)
-    return opened._replace(model=model, params=params)
+    return opened._replace(model=model, params=params, architecture=known)
+
+
+def gives_scores(directory: Path | str, *, adapter: Path | str | None = None) -> bool:
+    """Is it a reward model or value function, which `load_scalar` reads without a key?
+
+    Args:
+      directory: as for `load`.
+      adapter: likewise.
+
+    Returns:
+      whether it has a head for scores.
+
+    Raises:
+      DirectoryError, UnsupportedError: as for `load`.
+    """
+    base, adapters = _parts(directory, adapter)
+    opened = _open(base, [], jnp.float32, remat=False)
+    return opened.architecture.head is not None or any(map(peft.has_head, adapters))
 
 
 def init(
@@ -282,13 +324,8 @@ def save_scalar(
                 "text that ends with it one token before it",
                 stacklevel=2,
             )
-    backbone, head = dict(params["backbone"]), dict(params["head"])
+    backbone, head = dict(params["backbone"]), writing.without_bias(params["head"], directory)
     backbone.pop("head", None)
-    if np.any(writing.whole(head.pop("bias", np.zeros(())))):
-        raise ValueError(
-            f"{directory}: the head has a bias, and in this layout none has one: train a "
-            "`pretrained.score_head`, or set the bias to 0, which shifts every score alike"
-        )
     config = config_json(pretrained.config, scalar=True) | {"pad_token_id": int(pad_token)}
     _write(
         Path(directory),
@@ -300,12 +337,34 @@ def save_scalar(
     )
 
 
-def _open(directory: Path, dtype: DTypeLike, remat: bool) -> Pretrained[Any]:
-    """All that is in a directory but the parameters."""
-    config = reading.config(directory)
-    files = {name: (directory / name) for name in FILES}
-    content = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+def _parts(directory: Path | str, adapter: Path | str | None) -> tuple[Path, list[Path]]:
+    """The directory of the model, and those of the adapters on it."""
+    directory = Path(directory)
+    adapters = [] if adapter is None else [Path(adapter)]
+    if not peft.is_adapter(directory):
+        return directory, adapters
+    return peft.base_of(directory), [directory, *adapters]
+
+
+def _open(
+    directory: Path, adapters: Sequence[Path], dtype: DTypeLike, remat: bool
+) -> Pretrained[Any]:
+    """All that is in directories but the parameters."""
+    config, content = reading.config(directory), _content(directory)
+    for own in map(_content, adapters):
+        if TOKENIZER in own:  # of two tokenizers no file goes with those of the other
+            content = {name: content[name] for name in (GENERATION,) if name in content} | own
     return _described(str(directory), config, content, dtype, remat)
+
+
+def _content(directory: Path) -> dict[str, bytes]:
+    files = {name: directory / name for name in FILES}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
+def _changes(adapters: Sequence[Path], known: Architecture) -> peft.Loaded:
+    """What adapters change together."""
+    return peft.added(*(peft.load(directory, known) for directory in adapters))
 
 
 def _described(
@@ -362,16 +421,26 @@ class _Places(NamedTuple):
 
 
 def _read(
-    directory: Path, entries: Sequence[Entry], ignored: Sequence[str], places: _Places
+    directory: Path,
+    entries: Sequence[Entry],
+    ignored: Sequence[str],
+    changes: Adapters,
+    places: _Places,
 ) -> Params:
     claimed = reading.claim(entries, reading.tensors(directory), ignored, directory)
     arrays = {}
     for entry, place in zip(entries, places.of(entries), strict=True):
         parts = (reading.read(claimed[name], places.dtype) for name in entry.names)
-        arrays[entry.path] = _put(entry.join(list(parts)), place)
+        change = changes.get("/".join(entry.path).removesuffix("/kernel"))
+        # No name for it, so that it is gone before the next one is read.
+        arrays[entry.path] = _put(_changed(entry.join(list(parts)), change), place)
         # jax keeps what it copied from until it looks for garbage.
         gc.collect(0)
     return _nested(arrays)
+
+
+def _changed(host: np.ndarray, change: Mapping[str, Any] | None) -> np.ndarray:
+    return host if change is None else (host + change["a"] @ change["b"]).astype(host.dtype)
 
 
 def _put(host: np.ndarray, place: jax.sharding.Sharding | None) -> Array:

@@ -3,6 +3,7 @@
 There an adapter belongs to one matrix of theirs. Of a matrix of ours that joins several of theirs,
 each gets the same A and its own part of B; on the way back theirs become one of the sum of their
 ranks, each with its columns of A and its part of B, unless they share A: then it is as it was.
+That of a reward model comes with the head for scores, which is trained with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhfjax.pretrained import reading, writing
 from rlhfjax.pretrained.families import Architecture, UnsupportedError
 from rlhfjax.pretrained.reading import DirectoryError, Stored
 from rlhfjax.pretrained.tensors import Entry
+from rlhfjax.types import Params
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -31,21 +33,26 @@ class Loaded(NamedTuple):
     """What a directory of PEFT holds.
 
     Attributes:
-      adapters: for `models.lora`.
+      adapters: for `models.lora`, of the backbone where the model gives scores.
       scale: α / r.
+      head: of a reward model, `{"kernel": [D]}`, in place of that of the base; or None.
     """
 
     adapters: Adapters
     scale: float
+    head: Params | None = None
 
 
 # Options that change nothing, or are used below.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
 }  # fmt: skip
+# PEFT names both in an adapter of a reward model, whichever the model has.
+_HEADS = ("classifier", "score")
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -60,6 +67,7 @@ def save(
     architecture: Architecture,
     *,
     scale: float,
+    head: Params | None = None,
     base: str | None = None,
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
@@ -73,6 +81,8 @@ def save(
       adapters: of projections of the decoder.
       architecture: of the base.
       scale: as in `lora.merge`.
+      head: that was trained with them, `{"kernel": [D]}`: they are those of a reward model, and the
+        architecture is that of `load_scalar`.
       base: directory or name of the base, which PEFT's `AutoPeftModel` looks for.
       files: name → content of what lies beside the adapters, such as the tokenizer of the base:
         `Pretrained.files`.
@@ -80,10 +90,18 @@ def save(
 
     Raises:
       FileExistsError: something is there.
-      ValueError: an adapter belongs to no projection.
+      ValueError: an adapter belongs to no projection, or the head to no architecture.
     """
     entries = _projections(architecture)
+    task = "CAUSAL_LM" if architecture.head is None else None
     tensors: dict[str, np.ndarray] = {}
+    heads = []
+    if head is not None:
+        if architecture.head is None:
+            raise ValueError(f"{directory}: the architecture has no head: take it of load_scalar")
+        kernel = writing.whole(writing.without_bias(head, directory)["kernel"]).astype(np.float32)
+        task, heads = "SEQ_CLS", _modules(architecture.head)
+        tensors = {f"{PREFIX}{heads[0]}.weight": architecture.head.split(kernel)[0]}
     ranks: dict[str, int] = {}
     for name, adapter in adapters.items():
         if name not in entries:
@@ -99,7 +117,8 @@ def save(
     others = {re.escape(module): r for module, r in ranks.items() if r != rank}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if architecture.head is None else None,
+        "task_type": task,
+        "modules_to_save": heads or None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "target_modules": sorted(ranks),
@@ -130,10 +149,10 @@ def load(directory: Path | str, architecture: Architecture) -> Loaded:
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
-      architecture: of the base.
+      architecture: of the base; with a head, as of `load_scalar`, for those of a reward model.
 
     Returns:
-      adapters and their scale.
+      adapters, their scale, and the head where they have one.
 
     Raises:
       DirectoryError: a file is not as it should be, or a tensor belongs to no projection.
@@ -141,13 +160,23 @@ def load(directory: Path | str, architecture: Architecture) -> Loaded:
     """
     directory = Path(directory)
     config = reading.json_of(directory / CONFIG)
-    _check(config)
+    _check(config, directory / CONFIG)
+    trained = config.get("modules_to_save")
+    if trained and architecture.head is None:
+        raise DirectoryError(
+            f"{directory / CONFIG}: the adapter of a reward model, which load_scalar reads; give "
+            "that of a language model"
+        )
     file = directory / TENSORS
     if not file.is_file():
         raise DirectoryError(f"{file}: no such file")
     stored = reading.header(file)
     scale = _scale(config, "", config["r"])
-    adapters = {}
+    adapters, head = {}, None
+    if trained and architecture.head is not None:
+        name, shape = PREFIX + architecture.head.names[0], architecture.head.shapes[0]
+        kernel = architecture.head.join([_taken(stored, name, shape, file=file)])
+        head = {"kernel": jnp.asarray(kernel)}
     for name, entry in _projections(architecture).items():
         found = {}
         for module, shape in zip(_modules(entry), entry.shapes, strict=True):
@@ -161,7 +190,28 @@ def load(directory: Path | str, architecture: Architecture) -> Loaded:
             adapters[name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     for tensor in stored:
         raise DirectoryError(f"{file}: {tensor} belongs to no projection of the model")
-    return Loaded(adapters, scale)
+    return Loaded(adapters, scale, head)
+
+
+def added(*several: Loaded) -> Loaded:
+    """Adapters that change a matrix as several do together: scale·a·b is Σ scaleᵢ·aᵢ·bᵢ.
+
+    With several processes all make the call.
+
+    Args:
+      *several: of one model, in the order in which they were trained.
+
+    Returns:
+      adapters of the sum of their ranks, exactly, at scale 1, and the last head; of none, none.
+    """
+    adapters: dict[str, Any] = {}
+    for name in dict.fromkeys(name for one in several for name in one.adapters):
+        parts = [(one.adapters[name], one.scale) for one in several if name in one.adapters]
+        a = [writing.whole(adapter["a"]) for adapter, _ in parts]
+        b = [scale * writing.whole(adapter["b"]) for adapter, scale in parts]
+        adapters[name] = {"a": np.concatenate(a, axis=1), "b": np.concatenate(b, axis=0)}
+    heads = [one.head for one in several if one.head is not None]
+    return Loaded(adapters, 1.0, heads[-1] if heads else None)
 
 
 def pattern_of(architecture: Architecture, modules: Sequence[str]) -> str:
@@ -196,6 +246,17 @@ def pattern_of(architecture: Architecture, modules: Sequence[str]) -> str:
     return f"^({'|'.join(map(re.escape, found))})$"
 
 
+def is_adapter(directory: Path | str) -> bool:
+    """Does it hold an adapter, and no model?"""
+    directory = Path(directory)
+    return (directory / CONFIG).is_file() and not (directory / reading.CONFIG).is_file()
+
+
+def has_head(directory: Path | str) -> bool:
+    """Is its adapter one of a reward model, with a head for scores?"""
+    return bool(reading.json_of(Path(directory) / CONFIG).get("modules_to_save"))
+
+
 def base_of(directory: Path | str) -> Path:
     """The directory of the model that adapters belong to.
 
@@ -227,17 +288,23 @@ def _modules(entry: Entry) -> list[str]:
     return [name.removesuffix(".weight") for name in entry.names]
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _check(config: Mapping[str, Any], file: Path) -> None:
     for name, only in _ONLY.items():
         if config.get(name, only[0]) not in only:
-            raise UnsupportedError(f"{name} {config[name]!r} is none of {only}")
+            raise UnsupportedError(f"{file}: {name} {config[name]!r} is none of {only}")
     for name, x in config.items():
         # What is new in PEFT is off unless it is asked for.
         if x and name not in _KNOWN | _ONLY.keys():
-            raise UnsupportedError(f"{name} {x!r} is not supported")
+            raise UnsupportedError(f"{file}: {name} {x!r} is not supported")
+    trained = config.get("modules_to_save") or []
+    if not isinstance(trained, list) or any(module not in _HEADS for module in trained):
+        raise UnsupportedError(
+            f"{file}: modules_to_save {trained!r} is not supported, but for the head of a reward "
+            f"model, {_HEADS[1]!r}"
+        )
     for name in ("r", "lora_alpha"):
         if type(config.get(name)) not in (int, float) or not config[name] > 0:
-            raise UnsupportedError(f"{name} {config.get(name)!r} is no positive number")
+            raise UnsupportedError(f"{file}: {name} {config.get(name)!r} is no positive number")
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -253,21 +320,29 @@ def _pair(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A [r, in] and B [out, r] of a module, which then are no longer in `stored`."""
     names = [f"{PREFIX}{module}.lora_{part}.weight" for part in "AB"]
-    if not any(name in stored for name in names):
+    found = [stored[name].shape for name in names if name in stored]
+    if not found:
         return None
-    for name in names:
-        if name not in stored:
-            raise DirectoryError(f"{file}: {name} is missing")
-        if stored[name].dtype not in reading.FLOATING:
-            raise DirectoryError(f"{file}: {name} is {stored[name].dtype}, and cannot be trained")
-    a, b = (stored.pop(name) for name in names)
-    rank = a.shape[0] if a.shape else 0
-    for tensor, shape in ((a, (rank, inputs)), (b, (outputs, rank))):
-        if tensor.shape != shape:
-            raise DirectoryError(
-                f"{file}: {tensor.name} has the shape {list(tensor.shape)}, not {list(shape)}"
-            )
-    return reading.read(a, jnp.float32), reading.read(b, jnp.float32)
+    rank = found[0][0] if found[0] else 0
+    shapes = (rank, inputs), (outputs, rank)
+    a, b = (_taken(stored, *both, file=file) for both in zip(names, shapes, strict=True))
+    return a, b
+
+
+def _taken(
+    stored: dict[str, Stored], name: str, shape: tuple[int, ...], *, file: Path
+) -> np.ndarray:
+    """The numbers of a tensor, which then is no longer in `stored`."""
+    if name not in stored:
+        raise DirectoryError(f"{file}: {name} is missing")
+    tensor = stored.pop(name)
+    if tensor.dtype not in reading.FLOATING:
+        raise DirectoryError(f"{file}: {name} is {tensor.dtype}, and cannot be trained")
+    if tensor.shape != shape:
+        raise DirectoryError(
+            f"{file}: {name} has the shape {list(tensor.shape)}, not {list(shape)}"
+        )
+    return reading.read(tensor, jnp.float32)
 
 
 def _joined(

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from rlhfjax.checkpoint.files import sync
 from rlhfjax.pretrained.reading import CONFIG, FLOATING, INDEX, PIECE, SINGLE
+from rlhfjax.types import Params
 
 NAMES = {dtype: name for name, dtype in FLOATING.items()}
 
@@ -160,6 +161,27 @@ def _free(directory: Path, overwrite: bool, config: str) -> None:
         raise FileExistsError(
             f"{directory} is no model directory, for it has no {config}: nothing is overwritten"
         )
+
+
+def without_bias(head: Params, where: Path | str) -> Params:
+    """A head for scores as it is stored: the weights alone.
+
+    Args:
+      head: `{"kernel"}`, or with a "bias".
+      where: the directory, for messages.
+
+    Returns:
+      `{"kernel"}`.
+
+    Raises:
+      ValueError: it has a bias, for which the layout has no place.
+    """
+    if np.any(whole(head.get("bias", np.zeros(())))):
+        raise ValueError(
+            f"{where}: the head has a bias, and in this layout none has one: train a "
+            "`pretrained.score_head`, or set the bias to 0, which shifts every score alike"
+        )
+    return {name: x for name, x in head.items() if name != "bias"}
 
 
 def whole(array: Any) -> np.ndarray:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from experiments import new_model
-from rlhfjax import pretrained
+from rlhfjax import pretrained, sharding
+from rlhfjax.cli.commands import judges
 from rlhfjax.cli.commands.evaluate import best_of, win_rate
 from rlhfjax.cli.main import main
 
@@ -73,6 +74,12 @@ def tuned(folder: Path) -> Path:
 def rewarded(folder: Path) -> Path:
     flags = [*SMALL, "--num_train_epochs", "10", "--eval_fraction", "0.4"]
     return run(folder, "reward", "pairs.jsonl", *flags)
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path) -> Path:
+    flags = ["--reward_funcs", f"{folder}/rewards.py:length", *ONLINE, "--use_peft"]
+    return run(folder, "rloo", "prompts.jsonl", *flags, "--lora_r", "2", out="adapted")
 
 
 class TestTraining:
@@ -176,20 +183,18 @@ class TestOnline:
         parts = row["rewards/length/mean"], row["rewards/says/mean"], row["rewards/export/mean"]
         np.testing.assert_allclose(np.dot(parts, [1, 2, 0.5]), row["objective/scores"], atol=1e-5)
 
-    def test_an_adapter_alone_is_trained_and_merged(self, folder: Path) -> None:
-        flags = ["--reward_funcs", f"{folder}/rewards.py:length", *ONLINE, "--use_peft"]
-        out = run(folder, "rloo", "prompts.jsonl", *flags, "--lora_r", "2")
-        assert (out / "export" / "adapter_model.safetensors").is_file()
+    def test_an_adapter_alone_is_trained_and_merged(self, folder: Path, adapted: Path) -> None:
+        assert (adapted / "export" / "adapter_model.safetensors").is_file()
         merged = folder / "merged"
         main(
             ["export", "--model_name_or_path", str(folder / "model"), "--adapter",
-             str(out / "export"), "--output_dir", str(merged)]
+             str(adapted / "export"), "--output_dir", str(merged)]
         )  # fmt: skip
         before, after = pretrained.load(folder / "model"), pretrained.load(merged)
         qkv = [np.asarray(x.params["layers_0"]["qkv"]["kernel"]) for x in (before, after)]
         assert 0 < np.abs(qkv[1] - qkv[0]).max() < 0.5
         said = []
-        for model in (out / "export", merged):
+        for model in (adapted / "export", merged):
             file = folder / "said.jsonl"
             main(
                 ["generate", "--model_name_or_path", str(model), "--prompts", *PROMPTS,
@@ -197,12 +202,37 @@ class TestOnline:
             )  # fmt: skip
             said.append(file.read_text())
         assert said[0] == said[1]
-        for name in ("reward", "dpo"):
-            more = ["--model_name_or_path", str(out / "export"), "--use_peft"][
-                : 2 + (name == "dpo")
-            ]
-            with pytest.raises(SystemExit, match="rlhfjax export"):
-                run(folder, name, "pairs.jsonl", *SMALL, *more, out=f"second {name}")
+
+    @pytest.mark.parametrize("name", ["dpo", "reward"])
+    def test_an_adapter_goes_on_from_an_adapter(
+        self, folder: Path, adapted: Path, tmp_path: Path, name: str
+    ) -> None:
+        flags = [*SMALL, "--model_name_or_path", str(adapted / "export"), "--use_peft"]
+        flags += ["--lora_r", "1", "--num_train_epochs", "6", "--eval_fraction", "0.4"]
+        out = run(folder, name, "pairs.jsonl", *flags, out=str(tmp_path / "second"))
+        losses = [row["loss"] for row in rows(out)]
+        assert losses[-1] < 0.95 * losses[0]
+        (record,) = (out / "checkpoints" / name).glob("6/record.json")
+        state = json.loads(record.read_text())["digests"]
+        trained = {x for x in state if x.startswith("params")}
+        assert {x.rpartition(".")[2] for x in trained} - {"kernel"} == {"a", "b"}
+        assert {x for x in trained if x.endswith("kernel")} <= {"params.head.kernel"}
+        config = json.loads((out / "export" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(folder / "model")
+        assert config["r"] == 3
+        if name == "dpo":
+            return
+        merged = tmp_path / "merged"
+        main(
+            ["export", "--model_name_or_path", str(out / "export"), "--output_dir", str(merged)]
+        )  # fmt: skip
+        mesh, policy = sharding.mesh(), pretrained.load(adapted / "export")
+        scores = []
+        for directory in (out / "export", merged):
+            with judges.named([str(directory)], policy, mesh) as judge:
+                scores.append(judge(PROMPTS[:2], [f" {GOOD}", f" {BAD}"])[0])
+        np.testing.assert_allclose(*scores, atol=1e-5)
+        assert scores[0][0] > scores[0][1]
 
     def test_a_judge_reads_what_fills_its_context_and_what_is_empty(
         self, folder: Path, rewarded: Path
@@ -326,7 +356,6 @@ def test_a_reward_function_that_fails_shows_its_line(folder: Path, tmp_path: Pat
         ("sft", ["--dataset_weights", "1", "2"], "--dataset_weights has 2 numbers for 1"),
         ("sft", ["--rename", "text"], "--rename text: write each as old=new"),
         ("dpo", [], "none of the formats"),
-        ("reward", ["--use_peft"], "leave out --use_peft"),
         ("sft", ["--eval_fraction", "1"], "leaves no record"),
         ("sft", ["--save_steps", "0"], "--save_steps 0: must be at least 1"),
         ("sft", ["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),

@@ -245,7 +245,7 @@ class TestScalarModels:
         np.testing.assert_array_equal(zero.params["head"]["kernel"], np.zeros(D))
 
     def test_need_a_key_for_a_fresh_head(self, saved: Path) -> None:
-        with pytest.raises(ValueError, match="give load_scalar a key"):
+        with pytest.raises(ValueError, match="or load_scalar a key for a fresh head"):
             pretrained.load_scalar(saved)
 
     def test_come_back_with_their_head(self, fresh: Any, tmp_path: Path) -> None:

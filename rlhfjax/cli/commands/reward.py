@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax import pretrained, sharding
+from rlhfjax import models, pretrained, sharding
 from rlhfjax.algorithms import reward_model
-from rlhfjax.cli import memory
 from rlhfjax.cli.arguments import Reward
 from rlhfjax.cli.commands import training
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.cursor import batches_from
 from rlhfjax.data.example_batches import ResponseBatch, response_batches, shapes
 from rlhfjax.data.tokenized import Tokenized
+from rlhfjax.pretrained import Pretrained
+from rlhfjax.types import LanguageModel, ScalarModel
 
 
 class Judgements(NamedTuple):
@@ -61,12 +62,6 @@ def judgements(items: Sequence[Tokenized]) -> Judgements:
 
 def run(args: Reward) -> None:
     """Trains a reward model."""
-    if args.use_peft:
-        raise ValueError("a reward model is trained as a whole: leave out --use_peft")
-    if training.is_adapter(args.model_name_or_path):
-        raise ValueError(
-            f"{args.model_name_or_path} holds an adapter: make a model of it with `rlhfjax export`"
-        )
     with training.opened(args, formats.JUDGED) as session:
         mesh = session.run.mesh
         key = sharding.put(jax.random.key(args.seed), mesh)
@@ -77,6 +72,8 @@ def run(args: Reward) -> None:
         source = training.with_template(source, args.chat_template_path)
         tokenizer = training.of_scores(training.tokenizer_of(source))
         template = training.template_of(source)
+        trunk, scorer = parts(source._replace(tokenizer=tokenizer))
+        policy = training.policy(args, trunk, jax.random.fold_in(key, 1))
         max_length = min(args.max_length, source.architecture.config.context_length)
         tokenize = partial(
             tokenized.responses,
@@ -106,49 +103,63 @@ def run(args: Reward) -> None:
 
         num_steps = session.num_steps(sum(1 for _ in epoch(0, 0)))
         optimizer = training.optimizer(args, num_steps)
-        update = memory.explained(
-            reward_model.make_step(
-                source.model,
+        update = policy.compiled(
+            lambda model: reward_model.make_step(
+                scorer(model),
                 optimizer,
                 objective=judged.objective,
                 num_micro_batches=args.gradient_accumulation_steps,
-            ),
-            memory.OF_COMMANDS,
+            )
         )
         trained = session.train(
             "reward",
             lambda params: reward_model.init(params, optimizer),
-            source.params,
+            {"backbone": policy.params, "head": source.params["head"]},
             step=lambda state, batch: update(state, sharding.rows_of_process(batch, mesh)),
             batches=partial(batches_from, epoch=epoch),
             num_steps=num_steps,
             show={"loss": "loss"},
         )
         params = trained.state.params
-        pretrained.save_scalar(
-            args.output_dir / "export", source, params, pad_token=tokenizer.pad_token,
-            overwrite=True,
-        )  # fmt: skip
+        policy.save(args.output_dir / "export", params["backbone"], head=params["head"])
         held_out = {}
         if kept:
             layout |= {"shapes": shapes(kept, **sizes)}
-            held_out = accuracy(params, source, kept, layout, mesh)
+            score = policy.compiled(partial(scored, scorer), donate=False)
+            held_out = accuracy(partial(score, params), kept, layout, mesh)
         training.finish(session, trained, **held_out)
 
 
+def parts(
+    source: Pretrained[Any],
+) -> tuple[Pretrained[LanguageModel], Callable[[LanguageModel], ScalarModel]]:
+    """The language model beneath, and what makes a reward model of it or of its adapters."""
+    config = source.architecture.config
+    trunk = source._replace(model=models.decoder(config), params=source.params["backbone"])
+    head = pretrained.score_head(config.width)
+    return trunk, lambda model: models.scalar_model(model, head)
+
+
+def scored(
+    scorer: Callable[[LanguageModel], ScalarModel], model: LanguageModel
+) -> Callable[..., Any]:
+    """`(params, tokens, mask) -> scores`, compiled."""
+    score = partial(reward_model.score, scorer(model))
+    return jax.jit(lambda *given: sharding.whole(score(*given)))
+
+
 def accuracy(
-    params: Any, source: Any, items: list[Tokenized], layout: dict[str, Any], mesh: Any
+    score: Callable[..., Any], items: list[Tokenized], layout: dict[str, Any], mesh: Any
 ) -> dict[str, float]:
     """How often what people prefer scores higher among held-out records, with its standard error.
 
     Compared are the responses to a prompt where a record has several, and otherwise all records
     with one another.
     """
-    score = jax.jit(lambda *given: sharding.whole(reward_model.score(source.model, *given)))
     scores: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for batch in response_batches(items, seed=0, epoch=0, **layout):
-        found = np.asarray(score(params, *sharding.rows(batch.sequences, mesh)))
+        found = np.asarray(score(*sharding.rows(batch.sequences, mesh)))
         for row, example in enumerate(batch.examples):
             real = batch.real[row]
             scores.append(found.reshape(batch.real.shape)[row][real])

@@ -180,20 +180,11 @@ def examples(
 def load(
     args: arguments.Model, mesh: Any, *, remat: bool = False, param_dtype: Any = None
 ) -> Pretrained[LanguageModel]:
-    """The language model of a command; of an adapter's directory the base with it merged."""
-    directory = args.model_name_or_path
-    settings = {"mesh": mesh, "dtype": args.dtype, "param_dtype": param_dtype, "remat": remat}
-    if not is_adapter(directory):
-        return with_template(pretrained.load(directory, **settings), args.chat_template_path)
-    source = pretrained.load(peft.base_of(directory), **settings)
-    adapters, scale = peft.load(directory, source.architecture)
-    source = source._replace(params=lora.merge(source.params, adapters, scale=scale))
+    """The language model of a command."""
+    source = pretrained.load(
+        args.model_name_or_path, mesh=mesh, dtype=args.dtype, param_dtype=param_dtype, remat=remat
+    )
     return with_template(source, args.chat_template_path)
-
-
-def is_adapter(directory: Path) -> bool:
-    """Does it hold an adapter, and no model?"""
-    return (directory / peft.CONFIG).is_file() and not (directory / "config.json").is_file()
 
 
 def with_template(source: Pretrained[Any], path: Path | None) -> Pretrained[Any]:
@@ -251,31 +242,40 @@ class Policy(NamedTuple):
       ref_params: those of the reference, over the same model.
       compiled: `(make, donate) -> function(state, …)`: what `make(model)` compiles, for a model
         over `params`.
-      save: writes trained parameters into a directory.
+      save: `(directory, params, head=None)`: writes what was trained; with a head for scores on it,
+        as a reward model.
     """
 
     params: Params
     ref_params: Params
     compiled: Callable[..., Callable[..., Any]]
-    save: Callable[[Path, Params], None]
+    save: Callable[..., None]
 
 
 def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Policy:
     """What `--use_peft` says."""
-    if args.use_peft and is_adapter(args.model_name_or_path):
-        raise ValueError(
-            f"{args.model_name_or_path} holds an adapter itself: make a model of it with "
-            "`rlhfjax export`, and put the new adapter on that"
-        )
-    if not args.use_peft:
-        return Policy(
-            source.params,
-            source.params,
-            lambda make, *, donate=True: memory.explained(make(source.model), memory.OF_COMMANDS),
-            lambda out, params: pretrained.save(
-                out, source, params, dtype=args.export_dtype, overwrite=True
-            ),
-        )
+    return _adapter(args, source, key) if args.use_peft else _whole(args, source)
+
+
+def _whole(args: Any, source: Pretrained[LanguageModel]) -> Policy:
+    def compiled(make: Callable[..., Any], *, donate: bool = True) -> Callable[..., Any]:
+        return memory.explained(make(source.model), memory.OF_COMMANDS)
+
+    def save(out: Path, params: Params, head: Params | None = None) -> None:
+        how = {"dtype": args.export_dtype, "overwrite": True}
+        if head is None:
+            pretrained.save(out, source, params, **how)
+        else:
+            pretrained.save_scalar(out, source, {"backbone": params, "head": head}, **how)
+
+    return Policy(source.params, source.params, compiled, save)
+
+
+def _adapter(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Policy:
+    path, before = args.model_name_or_path, []
+    if peft.is_adapter(path):
+        # It is merged here, and the new one belongs to its base only together with it.
+        before, path = [peft.load(path, source.architecture)], peft.base_of(path)
     scale = args.lora_alpha / args.lora_r
     combine = partial(lora.beside, scale=scale)
     pattern = peft.pattern_of(source.architecture, args.lora_target_modules)
@@ -290,11 +290,13 @@ def policy(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Poli
         program = jax.jit(over_adapters, donate_argnums=(1,) if donate else ())
         return partial(memory.explained(program, memory.OF_COMMANDS), source.params)
 
-    def save(out: Path, adapters: Params) -> None:
-        base = str(args.model_name_or_path.absolute())
+    def save(out: Path, adapters: Params, head: Params | None = None) -> None:
+        trained = peft.Loaded(adapters, scale)
+        if before:
+            trained = peft.added(*before, trained)
         peft.save(
-            out, adapters, source.architecture, scale=scale, base=base, files=source.files,
-            overwrite=True,
+            out, trained.adapters, source.architecture, scale=trained.scale, head=head,
+            base=str(path.absolute()), files=source.files, overwrite=True,
         )  # fmt: skip
 
     return Policy(adapters, lora.nothing(adapters), compiled, save)
