@@ -45,6 +45,7 @@ ROOMS = {
         {0, 1, 2, 3},
         {"matplotlib", "optax", "tensorboardX", "tqdm", "tyro", "wandb", "yaml"},
     ),
+    "__main__": Room(5, {4}, set()),
 }
 
 

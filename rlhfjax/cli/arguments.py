@@ -59,12 +59,14 @@ class Training(Model):
     """What the learning rate does after the warm-up."""
     warmup_ratio: float = 0.0
     """Share of the updates in which it rises."""
+    warmup_steps: int = 0
+    """Updates in which it rises, in place of --warmup_ratio."""
     weight_decay: float = 0.0
     """AdamW's, of matrices."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to it; 0: they are not."""
-    num_train_epochs: int = 1
-    """Passes over the data."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, or a part of one."""
     max_steps: int = -1
     """Steps in all, in place of --num_train_epochs."""
     per_device_train_batch_size: int = 8
@@ -88,25 +90,29 @@ class Training(Model):
     """Steps between two checkpoints."""
     save_total_limit: int = 2
     """Checkpoints that are kept."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl."""
+    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl; none: nowhere."""
 
 
 AT_LEAST_ONE = {
     "batch_size", "best_of", "data", "fsdp", "gradient_accumulation_steps", "lora_r",
     "log_completions_steps", "max_completion_length", "max_length", "max_new_tokens",
-    "max_prompt_length", "max_prompts", "num_generations", "num_iterations", "num_mini_batches",
-    "num_ppo_epochs", "num_train_epochs", "per_device_train_batch_size", "save_steps",
-    "save_total_limit", "tensor",
+    "max_prompt_length", "max_prompts", "num_iterations", "num_mini_batches", "num_ppo_epochs",
+    "per_device_train_batch_size", "save_steps", "save_total_limit", "tensor",
 }  # fmt: skip
 """Flags that count something of which there must be one."""
-POSITIVE = {"learning_rate", "lora_alpha", "reward_time_limit"}
+AT_LEAST_TWO = {"num_generations"}
+POSITIVE = {"learning_rate", "lora_alpha", "num_train_epochs", "reward_time_limit"}
 NOT_NEGATIVE = {
     "beta", "cliprange", "cliprange_value", "epsilon", "eval_fraction", "gamma", "kl_coef",
     "label_smoothing", "lam", "max_bad_records", "max_grad_norm", "seed", "temperature",
-    "vf_coef", "warmup_ratio", "weight_decay",
+    "vf_coef", "warmup_ratio", "warmup_steps", "weight_decay",
 }  # fmt: skip
 AT_MOST_ONE = {"eval_fraction", "gamma", "label_smoothing", "lam", "warmup_ratio"}
+WEIGHTS = {"dataset_weights": "dataset_name", "reward_weights": "reward_funcs"}
+"""Flags with a number for each of another flag's."""
+OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_target_modules")
+"""Flags that mean nothing without --use_peft."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +70,8 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 _MISSING = "{0} is not installed: pip install 'rlhfjax[{1}]', or leave {2} out of --report_to"
-REPORTS = {"tensorboard": _tensorboard, "wandb": _wandb}
+REPORTS: dict[str, Callable[[Path], AbstractContextManager[Report]]] = {
+    "none": lambda out: nullcontext(lambda row: None),
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}

@@ -28,12 +28,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from rlhfjax.data.records import BadRecords, Place, Record
+from rlhfjax.data.records import BadRecords, Place, Record, files_of
 from rlhfjax.data.text import DataError
 
 Message = dict[str, Any]
 Content = str | list[Message]
 TURN = "\n\nAssistant:"
+# Columns that are called otherwise elsewhere.
+USUAL = {
+    "answer": "completion",
+    "conversations": "messages",
+    "instruction": "prompt",
+    "output": "completion",
+    "question": "prompt",
+    "response": "completion",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +204,7 @@ def examples(
     """
     bad = BadRecords() if bad is None else bad
     given = [{k: v for k, v in record.fields.items() if v is not None} for record in records]
-    chosen = _first_that_fits(given, formats)
+    chosen = _first_that_fits(given, formats, files_of(records))
     found = []
     for fields, (_, place) in zip(given, records, strict=True):
         try:
@@ -213,16 +222,36 @@ def examples(
     return found
 
 
-def _first_that_fits(given: Sequence[dict[str, Any]], formats: Sequence[Format]) -> Format:
+def _first_that_fits(
+    given: Sequence[dict[str, Any]], formats: Sequence[Format], where: str
+) -> Format:
     for candidate in formats:
         if 2 * sum(fields.keys() >= set(candidate.columns) for fields in given) >= len(given) > 0:
             return candidate
     columns = sorted({column for fields in given for column in fields})
     known = "; ".join(dict.fromkeys(", ".join(candidate.columns) for candidate in formats))
     raise DataError(
-        f"the records have the columns {', '.join(columns) or '(none)'}, which is none of the "
-        f"formats that are of use here: {known}; rename or add columns"
+        f"{where}: the records have the columns {', '.join(columns) or '(none)'}, which is none of "
+        f"the formats that are of use here: {known}; {_advice(given, columns, formats)}"
     )
+
+
+def _advice(
+    given: Sequence[dict[str, Any]], columns: Sequence[str], formats: Sequence[Format]
+) -> str:
+    turns = given[0].get("conversations") if given else None
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
+        return (
+            "conversations of `from` and `value`, ShareGPT's, cannot be renamed: write messages of "
+            "`role` and `content`"
+        )
+    theirs = {USUAL[column]: column for column in columns if column in USUAL}
+    for candidate in formats:
+        missing = [column for column in candidate.columns if column not in columns]
+        if missing and theirs.keys() >= set(missing):
+            more = "; an input belongs into the prompt" if "input" in columns else ""
+            return f"rename {' '.join(f'{theirs[ours]}={ours}' for ours in missing)}{more}"
+    return "rename or add columns"
 
 
 def split(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
@@ -352,7 +381,9 @@ def _chosen(pair: Pair) -> Completion:
 
 def _unpaired(prompt: Any, completion: Any, label: Any) -> Unpaired:
     if label not in (0, 1) or isinstance(label, float):
-        raise ValueError(f"'label' is {label!r:.40}, not true or false; name classes 'class'")
+        hint = "; to a reward model classes are 'class' and ratings 'rating'"
+        is_number = isinstance(label, int | float)
+        raise ValueError(f"'label' is {label!r:.40}, not true or false{hint * is_number}")
     given = _completion(prompt, completion)
     return Unpaired(prompt=given.prompt, completion=given.completion, label=bool(label))
 
@@ -394,6 +425,13 @@ def _scored(prompt: Any, completions: Any, scores: Any) -> Ranking:
     return _ranking(prompt, completions, [-score for score in _numbers("scores", scores)])
 
 
+def _stepwise(prompt: Any, completions: Any, labels: Any) -> Ranking:
+    raise ValueError(
+        "'completions' with 'labels' are the steps of one answer, and a reward of steps is not "
+        "learned here; a ranking has no 'labels', but 'ranks' or 'scores', or the best first"
+    )
+
+
 def _listed(prompt: Any, completions: Any) -> Ranking:
     num = len(completions) if isinstance(completions, list) else 0
     return _ranking(prompt, completions, range(num))
@@ -413,6 +451,7 @@ def _number(column: str, value: Any) -> float:
 
 RANKED = Format(("prompt", "completions", "ranks"), _ranked)
 SCORED = Format(("prompt", "completions", "scores"), _scored)
+STEPWISE = Format(("prompt", "completions", "labels"), _stepwise)
 LISTED = Format(("prompt", "completions"), _listed)
 PAIR = Format(("prompt", "chosen", "rejected"), _pair)
 IMPLICIT_PAIR = Format(("chosen", "rejected"), _implicit_pair)
@@ -440,5 +479,16 @@ PROMPTS = (PROMPT, IMPLICIT_PROMPT)
 PREFERENCES = (PAIR, IMPLICIT_PAIR)
 """For the direct methods, and reward models."""
 
-JUDGED = (*PREFERENCES, RANKED, SCORED, LISTED, RATING, CLASS, UNPAIRED, TEXT_RATING, TEXT_CLASS)
+JUDGED = (
+    *PREFERENCES,
+    RANKED,
+    SCORED,
+    STEPWISE,
+    LISTED,
+    RATING,
+    CLASS,
+    UNPAIRED,
+    TEXT_RATING,
+    TEXT_CLASS,
+)
 """For reward models."""

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from rlhfjax.data import hub
 from rlhfjax.data.text import BYTE_ORDER_MARK, DataError, position
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -42,13 +43,16 @@ class BadRecords:
 
     Args:
       max_bad: how many there may be.
+      advice: what to do where there are more.
 
     Attributes:
       found: place and reason of each, in their order.
     """
 
-    def __init__(self, max_bad: int = 0) -> None:
-        self.max_bad = max_bad
+    def __init__(
+        self, max_bad: int = 0, *, advice: str = "correct them, or remove them from the data"
+    ) -> None:
+        self.max_bad, self.advice = max_bad, advice
         self.found: list[tuple[Place, str]] = []
 
     def add(self, place: Place, reason: str) -> None:
@@ -67,9 +71,7 @@ class BadRecords:
           DataError: with their number, and place and reason of the first ones.
         """
         if len(self.found) > self.max_bad:
-            raise DataError(
-                f"{self}; correct or remove them, or allow more bad records than {self.max_bad}"
-            )
+            raise DataError(f"{self}\n{self.advice}")
 
     def __str__(self) -> str:
         first = [f"{place}: {reason}" for place, reason in self.found[:NUM_TOLD]]
@@ -120,7 +122,7 @@ def renamed(records: Sequence[Record], names: Mapping[str, str]) -> list[Record]
     columns = {column for record in records for column in record.fields}
     if unknown := names.keys() - columns:
         raise DataError(
-            f"no column {', '.join(sorted(unknown))} to rename; there are "
+            f"{files_of(records)}: no column {', '.join(sorted(unknown))} to rename; there are "
             f"{', '.join(sorted(columns))}"
         )
     return [
@@ -130,6 +132,19 @@ def renamed(records: Sequence[Record], names: Mapping[str, str]) -> list[Record]
         )
         for record in records
     ]
+
+
+def files_of(records: Sequence[Record]) -> str:
+    """The file that records are of, for messages; of several the first.
+
+    Args:
+      records: any.
+
+    Returns:
+      its name, and how many more there are.
+    """
+    first, *others = dict.fromkeys(record.place.file for record in records) or ["(no file)"]
+    return f"{first} and {len(others)} more" if others else first
 
 
 def held_out(
@@ -164,7 +179,7 @@ def _files(path: Path, pattern: str) -> list[Path]:
             raise DataError(f"{path}: not a file of records; give one of {kinds}")
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
+        raise DataError(f"{path}: no such file or folder{hub.advice(path, 'dataset')}")
     files = sorted(
         file
         for file in path.iterdir()

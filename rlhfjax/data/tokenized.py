@@ -26,7 +26,6 @@ from rlhfjax.data.text import DataError
 Ids = list[int]
 Shorten = Callable[[list[Any], int], list[Any]]
 T = TypeVar("T")
-NOWHERE = Place("(no file)", 0)
 
 
 class Tokenizer(Protocol):
@@ -87,6 +86,7 @@ class Report:
       num_examples: those that there were.
       shortened: places of those that lost tokens.
       left_out: places of those of which nothing was left to learn.
+      unlearned: places of those in which nothing was to be learned, however long.
       boundaries: places of those whose prompt and response together have other tokens than the two
         have alone.
       bad: the records that cannot be tokenised at all.
@@ -96,6 +96,7 @@ class Report:
     num_examples: int = 0
     shortened: list[Place] = field(default_factory=list)
     left_out: list[Place] = field(default_factory=list)
+    unlearned: list[Place] = field(default_factory=list)
     boundaries: list[Place] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -103,6 +104,7 @@ class Report:
         for what, places in (
             ("shortened", self.shortened),
             ("left out as too long or empty", self.left_out),
+            ("left out without anything to learn, such as a turn of the assistant", self.unlearned),
             ("with other tokens where the response begins", self.boundaries),
         ):
             if places:
@@ -180,8 +182,8 @@ def responses(
     """
     report, found = Report(BadRecords() if bad is None else bad), []
     for example in examples:
-        place = example.place or NOWHERE
         report.num_examples += 1
+        place = example.place or Place("example", report.num_examples)
         try:
             prompt, given, apart = _split(example, tokenizer, template)
         except DataError as error:
@@ -232,8 +234,8 @@ def supervised(
     """
     report, found = Report(BadRecords() if bad is None else bad), []
     for example in examples:
-        place = example.place or NOWHERE
         report.num_examples += 1
+        place = example.place or Place("example", report.num_examples)
         try:
             whole, apart = learn(example, tokenizer, template)
         except DataError as error:
@@ -247,7 +249,8 @@ def supervised(
         )
         # The first token is predicted from nothing.
         if not any(text.learned[1:]):
-            report.left_out.append(place)
+            nothing = whole.tokens[1:] and not any(whole.learned[1:])
+            (report.unlearned if nothing else report.left_out).append(place)
             continue
         if len(text.tokens) < len(whole.tokens):
             report.shortened.append(place)

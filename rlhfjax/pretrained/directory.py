@@ -108,8 +108,8 @@ def load(
     known = opened.architecture
     if known.head is not None:
         raise DirectoryError(
-            f"{base / CONFIG}: a reward model, which load_scalar reads: it gives scores and "
-            "has no LM head; give the directory of a language model"
+            f"{base / CONFIG}: a reward model, which gives scores and has no LM head: give the "
+            "directory of a language model"
         )
     places = _Places(mesh, rules, dtype if param_dtype is None else param_dtype)
     changes = _changes(adapters, known).adapters

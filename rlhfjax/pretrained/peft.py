@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.checkpoint.together import on_first
+from rlhfjax.data import hub
 from rlhfjax.models.lora import Adapters
 from rlhfjax.pretrained import reading, writing
 from rlhfjax.pretrained.families import Architecture, UnsupportedError
@@ -164,8 +165,8 @@ def load(directory: Path | str, architecture: Architecture) -> Loaded:
     trained = config.get("modules_to_save")
     if trained and architecture.head is None:
         raise DirectoryError(
-            f"{directory / CONFIG}: the adapter of a reward model, which load_scalar reads; give "
-            "that of a language model"
+            f"{directory / CONFIG}: the adapter of a reward model, which gives scores and no "
+            "tokens: give that of a language model"
         )
     file = directory / TENSORS
     if not file.is_file():
@@ -274,6 +275,7 @@ def base_of(directory: Path | str) -> Path:
     if base is None or not Path(base).is_dir():
         raise DirectoryError(
             f"{file}: its base {base!r} is no directory here: write there where it is"
+            + hub.advice(base or "", "model")
         )
     return Path(base)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from rlhfjax.data import hub
 from rlhfjax.pretrained.tensors import Entry
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -107,9 +108,11 @@ def config(directory: Path) -> dict[str, Any]:
       the parsed object.
 
     Raises:
-      DirectoryError: it cannot be read, or asks for code that comes with the model.
+      DirectoryError: it is not there or cannot be read, or asks for code that comes with the model.
     """
     file = directory / CONFIG
+    if not directory.exists():
+        raise DirectoryError(f"{directory}: no such directory{hub.advice(directory, 'model')}")
     found = json_of(file)
     if "auto_map" in found:
         raise DirectoryError(

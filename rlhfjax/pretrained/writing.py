@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,8 @@ from rlhfjax.pretrained.reading import CONFIG, FLOATING, INDEX, PIECE, SINGLE
 from rlhfjax.types import Params
 
 NAMES = {dtype: name for name, dtype in FLOATING.items()}
+# Behind the name of a directory: one that is being written, or that was there before.
+LEFT = re.compile(r"\.[0-9a-f]{8}(\.old)?")
 
 
 class Planned(NamedTuple):
@@ -140,13 +144,13 @@ def new_directory(directory: Path, *, overwrite: bool, config: str = CONFIG) -> 
             sync(path)
         if directory.exists() and any(directory.iterdir()):
             _free(directory, overwrite, config)
-            old = directory.with_name(f".{directory.name}.{mark}.old")
-            directory.rename(old)
-            folder.rename(directory)
-            shutil.rmtree(old)
-        else:
-            folder.rename(directory)
+            directory.rename(directory.with_name(f".{directory.name}.{mark}.old"))
+        folder.rename(directory)
         sync(directory.parent)
+        # The one before, and what was left behind where a process was killed here.
+        for path in directory.parent.glob(f".{glob.escape(directory.name)}.*"):
+            if LEFT.fullmatch(path.name.removeprefix(f".{directory.name}")):
+                shutil.rmtree(path, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -156,7 +160,7 @@ def _free(directory: Path, overwrite: bool, config: str) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{directory} is there already: give another name, or overwrite it")
+        raise FileExistsError(f"{directory} is there already: give another name, or remove it")
     if not (directory / config).is_file():
         raise FileExistsError(
             f"{directory} is no model directory, for it has no {config}: nothing is overwritten"

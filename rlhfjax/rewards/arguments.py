@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from inspect import Parameter, Signature
 from typing import Any, NamedTuple
 
@@ -24,10 +24,12 @@ class TrainerState(NamedTuple):
     Attributes:
       global_step: steps done.
       max_steps: steps of the whole run.
+      epoch: passes over the data, such as 0.5; None where nobody counts them.
     """
 
     global_step: int
     max_steps: int
+    epoch: float | None = None
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -103,4 +105,5 @@ def answer(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     answered = function(**given)
     if inspect.iscoroutine(answered):
         answered = asyncio.run(answered)
-    return list(answered) if isinstance(answered, Iterable) else answered
+    listed = isinstance(answered, Iterable) and not isinstance(answered, Mapping | Set)
+    return list(answered) if listed else answered

@@ -48,9 +48,13 @@ def load(name: str) -> Function:
     """
     place, attribute, brackets = _parts(name)
     module = _of_file(Path(place).absolute()) if place.endswith(".py") else _of_module(place)
-    function = _only(module, name) if attribute is None else _attribute(module, attribute, name)
+    attribute = _only(module, name) if attribute is None else attribute
+    function = _attribute(module, attribute, name)
     if brackets is not None:
         function = _made(function, brackets, name)
+    elif inspect.isfunction(function) and "<" in function.__qualname__:
+        # A decorator made it, or a lambda: it is called as it was asked for.
+        function.__name__ = attribute
     _check(function, name)
     return function
 
@@ -116,12 +120,12 @@ def _public(module: ModuleType) -> dict[str, Any]:
     }
 
 
-def _only(module: ModuleType, name: str) -> Any:
+def _only(module: ModuleType, name: str) -> str:
     public = _public(module)
     if "reward" in public:
-        return public["reward"]
+        return "reward"
     if len(public) == 1:
-        return next(iter(public.values()))
+        return next(iter(public))
     raise RewardError(
         f"{name} has {len(public)} public functions ({', '.join(public)}) and none is called "
         f"'reward': write {name}:function"

@@ -1,5 +1,6 @@
 """A state that was saved on one mesh is restored on another one, equal to the bit."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,10 @@ meshes = {
     "1x1x8": sharding.mesh(tensor=8),
 }
 like = jax.eval_shape(start, jax.random.key(0))
+made = start(jax.random.key(0))
 first = None
 for name, mesh in meshes.items():
-    state = sharding.put(start(jax.random.key(0)), mesh)
+    state = sharding.put(made, mesh)
     first = first or (bits(state), checkpoint.digests(state))
     assert bits(state) == first[0]
     assert checkpoint.digests(state) == first[1], "a digest knows nothing of the mesh"
@@ -103,10 +105,10 @@ with checkpoint.Checkpoints(folder / "steps", config={}) as checkpoints:
 def run(program: str, devices: int, *args: str) -> list[str]:
     ran = subprocess.run(
         [sys.executable, "-c", program, *args],
-        env={
+        env=os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         },
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

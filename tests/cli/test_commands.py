@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import yaml
 
 from experiments import new_model
 from rlhfjax import pretrained, sharding
-from rlhfjax.cli.commands import judges
+from rlhfjax.cli import arguments
+from rlhfjax.cli.commands import judges, training
 from rlhfjax.cli.commands.evaluate import best_of, win_rate
 from rlhfjax.cli.main import main
 
@@ -252,6 +254,7 @@ class TestOnline:
         (folder / "replies.py").write_text(
             "def reward(prompts, completions, trainer_state):\n"
             "    assert trainer_state.max_steps == 3\n"
+            "    assert trainer_state.epoch == trainer_state.global_step\n"
             "    assert prompts[0][0]['role'] == 'user'\n"
             "    return [float(len(c[0]['content'])) for c in completions]\n"
         )
@@ -290,17 +293,22 @@ class TestAsking:
         self, folder: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = ["--model_name_or_path", str(tuned / "export"), "--temperature", "0"]
-        main(["generate", *model, "--prompts", *PROMPTS[:2], "--max_new_tokens", "8"])
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [line["prompt"] for line in lines] == PROMPTS[:2]
-        assert [line["completion"] for line in lines] == [f" {GOOD}"] * 2
+        prompts = [*PROMPTS[:2], "they " * 40]
+        main(["generate", *model, "--prompts", *prompts, "--max_new_tokens", "8"])
+        told = capsys.readouterr()
+        lines = [json.loads(line) for line in told.out.splitlines()]
+        assert [line["prompt"] for line in lines] == prompts
+        assert [line["completion"] for line in lines[:2]] == [f" {GOOD}"] * 2
+        assert "1 shortened: --prompts:3" in told.err
 
     def test_a_policy_is_compared_with_its_beginning(self, folder: Path, tuned: Path) -> None:
         out = folder / "evaluation"
+        asked = [PROMPTS[0], "", *PROMPTS[1:]]  # nothing can be said to the second one
+        write(folder / "asked.jsonl", *({"prompt": p, "word": "fine"} for p in asked))
         main(
             ["evaluate", "--model_name_or_path", str(tuned / "export"),
              "--baseline_name_or_path", str(folder / "model"),
-             "--dataset_name", str(folder / "prompts.jsonl"),
+             "--dataset_name", str(folder / "asked.jsonl"),
              "--judge", f"{folder}/rewards.py:says", "--best_of", "3", "--max_new_tokens", "8",
              "--output_dir", str(out)]
         )  # fmt: skip
@@ -309,7 +317,8 @@ class TestAsking:
         assert found["win_rate"]["mean"] > 0.7
         assert found["policy"]["kl"]["mean"] > abs(found["baseline"]["kl"]["mean"])
         assert (out / "best_of_n.png").read_bytes().startswith(b"\x89PNG")
-        assert len((out / "completions.jsonl").read_text().splitlines()) == len(PROMPTS)
+        lines = (out / "completions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == PROMPTS
 
     def test_best_of_n_is_the_mean_over_all_choices(self) -> None:
         assert best_of(np.array([[1.0, 3.0, 2.0]])) == pytest.approx([2.0, 8 / 3, 3.0])
@@ -332,6 +341,63 @@ def test_a_run_is_not_written_over_and_keeps_what_it_has(folder: Path, tuned: Pa
         assert said in str(end.value)
     after = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_language_model_is_no_judge(folder: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="as `rlhfjax reward` exports it"),
+        judges.named([str(folder / "model")], pretrained.load(folder / "model"), sharding.mesh()),
+    ):
+        pass
+
+
+def test_a_judge_is_not_fetched_from_the_hub() -> None:
+    with pytest.raises(ValueError, match="hf download trl-lib/rm --repo-type model"):
+        judges.must_exist(["trl-lib/rm"])
+
+
+def test_nothing_is_exported_over_what_is_there(folder: Path) -> None:
+    model = str(folder / "model")
+    with pytest.raises(SystemExit, match="give another name, or remove it"):
+        main(["export", "--model_name_or_path", model, "--output_dir", model])
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (["text"], r"a\.jsonl:1: str, not an object: {…}\n.*--max_bad_records"),
+        ([{"input": "", "instruction": "a", "output": "b"}], "rename instruction=prompt output=c"),
+    ],
+)
+def test_records_that_cannot_be_used_come_with_advice(
+    tmp_path: Path, records: list[Any], said: str
+) -> None:
+    data = write(tmp_path / "a.jsonl", *records)
+    with pytest.raises(SystemExit, match=said):
+        run(tmp_path, "sft", data)
+
+
+@pytest.mark.parametrize(("max_steps", "epochs", "steps"), [(-1, 0.5, 2), (-1, 2, 6), (5, 1, 5)])
+def test_a_part_of_an_epoch_has_its_part_of_the_steps(
+    max_steps: int, epochs: float, steps: int
+) -> None:
+    args = SimpleNamespace(max_steps=max_steps, num_train_epochs=epochs)
+    session: Any = training.Session(args, *[None] * 5)  # type: ignore[arg-type]
+    assert session.num_steps(3) == steps
+
+
+def test_the_learning_rate_rises_in_as_many_updates_as_asked(tmp_path: Path) -> None:
+    args = arguments.SFT(
+        model_name_or_path=tmp_path, dataset_name=(tmp_path,), output_dir=tmp_path,
+        learning_rate=1.0, lr_scheduler_type="constant", warmup_steps=4, max_grad_norm=0.0,
+    )  # fmt: skip
+    optimizer = training.optimizer(args, 8)
+    params = np.zeros(1, np.float32)
+    state, moved = optimizer.init(params), []
+    for _ in range(6):
+        updates, state = optimizer.update(np.ones(1, np.float32), state, params)
+        moved.append(float(-updates[0]))
+    np.testing.assert_allclose(moved, [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-5)
 
 
 def test_one_kind_of_judgement_makes_a_reward_model(folder: Path, tmp_path: Path) -> None:

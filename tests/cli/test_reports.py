@@ -34,6 +34,12 @@ def test_tensorboard_gets_the_numbers_of_a_line_under_the_stage(tmp_path: Path) 
     assert found == [(1, "dpo/loss", 0.25), (2, "dpo/loss", 0.5)]
 
 
+def test_nothing_is_reported_where_none_is_asked_for(tmp_path: Path) -> None:
+    with reports(["none"], tmp_path) as (report,):
+        report({"stage": "dpo", "step": 1, "loss": 0.5})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_run_wrote_beyond_its_last_checkpoint_is_hidden_when_it_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -173,8 +173,14 @@ def test_a_record_of_another_type_is_bad_with_its_place(row: dict, reason: str) 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "completion": "b", "label": 2}, "'label' is 2, not true or false; name"),
-        ({"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes', not true"),
+        (
+            {"prompt": "a", "completion": "b", "label": 2},
+            "'label' is 2, not true or false; to a reward",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": "yes"},
+            r"'label' is 'yes', not true or false\n",
+        ),
         ({"prompt": "a", "completion": "b", "rating": "5"}, "'5' of 'rating' is not a finite"),
         ({"prompt": "a", "completion": "b", "rating": True}, "True of 'rating' is not a finite"),
         ({"prompt": "a", "completion": "b", "class": -1}, "the class is -1, not one of 0, 1, …"),
@@ -206,10 +212,34 @@ def test_the_format_is_that_of_most_records() -> None:
 def test_no_format_is_refused_with_the_columns_found_and_the_formats_there_are() -> None:
     with pytest.raises(DataError) as error:
         formats.examples(records({"question": "a", "answer": "b"}), formats.PREFERENCES)
-    assert "columns answer, question, which" in str(error.value)
+    assert "f.jsonl: the records have the columns answer, question, which" in str(error.value)
     assert "prompt, chosen, rejected; chosen, rejected;" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"input": "", "instruction": "a", "output": "b"},
+            "; rename instruction=prompt output=completion; an input belongs into the prompt$",
+        ),
+        ({"prompt": "a", "answer": "b", "question": "c"}, "; rename answer=completion$"),
+        ({"conversations": [BLUE]}, "; rename conversations=messages$"),
+        ({"conversations": [{"from": "gpt", "value": "b"}]}, "ShareGPT's, cannot be renamed"),
+        ({"a": 1}, "; rename or add columns$"),
+    ],
+)
+def test_columns_with_other_names_of_long_standing_are_known(row: dict, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        formats.examples(records(row), formats.SUPERVISED)
 
 
 def test_no_good_record_is_refused() -> None:
     with pytest.raises(DataError, match="no good record among 1"):
         formats.examples(records({"prompt": 1}), formats.PROMPTS, bad=BadRecords(5))
+
+
+def test_the_steps_of_an_answer_are_no_ranking() -> None:
+    row = {"prompt": "1 + 1", "completions": ["One", "two"], "labels": [True, False]}
+    with pytest.raises(DataError, match="steps of one answer"):
+        only(row)

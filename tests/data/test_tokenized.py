@@ -247,6 +247,14 @@ class TestSupervised:
         with pytest.raises(DataError, match="nothing is left of 3 examples"):
             tokenized.supervised(examples, TOKENIZER, long_text=leave_out, **options)
 
+    def test_a_dialogue_without_a_turn_of_the_assistant_is_not_called_too_long(self) -> None:
+        examples = [Text(text=CHAT), Text(text=CHAT[:1])]
+        (_,), report = tokenized.supervised(
+            examples, TOKENIZER, learn=assistant_tokens, template=TAGGED
+        )
+        assert (report.unlearned, report.left_out) == ([Place("example", 2)], [])
+        assert "1 left out without anything to learn, such as a turn" in str(report)
+
     @pytest.mark.parametrize(
         ("learn", "message"),
         [(completion_tokens, "a text has no completion"), (assistant_tokens, "no turns of an")],

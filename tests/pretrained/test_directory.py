@@ -186,6 +186,13 @@ class TestSave:
         pretrained.save(saved, llama, doubled, overwrite=True)
         assert_same(pretrained.load(saved).params, doubled)
 
+    def test_clears_away_what_a_kill_has_left(self, llama: Any, tmp_path: Path) -> None:
+        for name in (".out.0123abcd", ".out.0123abcd.old", ".out.notes", ".outer.0123abcd"):
+            (tmp_path / name).mkdir()
+        pretrained.save(tmp_path / "out", llama, llama.params)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"out", ".out.notes", ".outer.0123abcd"}
+
     def test_leaves_nothing_where_it_fails(
         self, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -256,7 +263,7 @@ class TestScalarModels:
         assert config["architectures"] == ["LlamaForSequenceClassification"]
         assert config["pad_token_id"] == 3
         assert config["id2label"] == {"0": "LABEL_0"}
-        with pytest.raises(DirectoryError, match="load_scalar"):
+        with pytest.raises(DirectoryError, match="a reward model, which gives scores and has no"):
             pretrained.load(tmp_path / "scores")
 
     def test_may_be_made_of_the_policy_itself(self, llama: Any, tmp_path: Path) -> None:

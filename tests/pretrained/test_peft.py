@@ -37,6 +37,13 @@ def adapters_of(base: Any, pattern: str, rank: int) -> lora.Adapters:
     return jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), shapes)
 
 
+def test_a_base_that_is_a_name_of_the_hub_is_said_how_to_fetch(tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "Qwen/Qwen3-0.6B"}
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(DirectoryError, match=r"write there where it is; .*hf download Qwen/Qwen3"):
+        peft.base_of(tmp_path)
+
+
 def test_the_files_of_the_base_lie_beside_the_adapters(base: Any, tmp_path: Path) -> None:
     adapters = adapters_of(base, "qkv$", 2)
     own = {peft.CONFIG, peft.TENSORS}

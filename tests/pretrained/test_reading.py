@@ -234,6 +234,10 @@ class TestDirectories:
     def test_without_a_configuration_are_refused(self, tmp_path: Path) -> None:
         refused(lambda: reading.config(tmp_path), str(tmp_path / "config.json"), "no such file")
 
+    def test_that_are_names_of_the_hub_are_refused_with_how_to_fetch_them(self) -> None:
+        fetch = "hf download Qwen/Qwen3-0.6B --repo-type model --local-dir Qwen3-0.6B"
+        refused(lambda: reading.config(Path("Qwen/Qwen3-0.6B")), "no such directory", fetch)
+
 
 def entry(*names: str, shape: tuple[int, ...] = (3, 4)) -> Entry:
     return Entry(("x",), shape, names, (shape,) * len(names), lambda x: x[0], lambda x: [x])

@@ -1,6 +1,7 @@
 """Reward functions in Python: what they are given, and what they may answer."""
 
 import asyncio
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -118,9 +119,11 @@ def test_a_score_that_is_no_finite_number_names_the_sample(bad: Any) -> None:
     assert error.value.failures == [(2, "the end", f"returned {bad!r}")]
 
 
-@pytest.mark.parametrize("answer", [None, 1.0])
+@pytest.mark.parametrize("answer", [None, 1.0, {0: 1.0, 1: 2.0, 2: 3.0}, {1.0}])
 def test_an_answer_that_is_no_list_is_shown(answer: Any) -> None:
-    with pytest.raises(ValueError, match=f"'my_reward' returned {answer}, which is no list"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"'my_reward' returned {answer}, which is no list")
+    ):
         rewards.call(answering(answer), PROMPTS, COMPLETIONS)
 
 

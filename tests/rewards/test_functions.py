@@ -73,6 +73,19 @@ def test_an_absolute_path_is_one_too(folder: Path) -> None:
     assert load(f"{folder}/single.py:f")(completions=[""]) == [1.0]
 
 
+def test_what_a_decorator_or_a_lambda_made_is_called_as_it_was_asked_for(folder: Path) -> None:
+    (folder / "made.py").write_text(
+        "def same(f):\n"
+        "    def g(completions): return f(completions)\n"
+        "    return g\n"
+        "@same\n"
+        "def polite(completions): return [0.0]\n"
+        "short = lambda completions: [1.0]\n"
+    )
+    assert load("made.py:polite").__name__ == "polite"
+    assert load("made.py:short").__name__ == "short"
+
+
 def test_what_is_read_is_the_file_as_it_is_now_and_nothing_is_left_beside_it(folder: Path) -> None:
     file = folder / "single.py"
     for score in (1.0, 2.0):

@@ -51,31 +51,46 @@ def run(args: Evaluate) -> None:
     examples = found_examples[0][: args.max_prompts]
     if not examples:
         raise ValueError(f"--eval_fraction {args.eval_fraction} leaves no prompt")
+    judges.must_exist([args.judge])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
     baseline = replace(args, model_name_or_path=args.baseline_name_or_path)
     with jax.set_mesh(mesh):
         source, other = training.load(args, mesh), training.load(baseline, mesh)
+        asked = of_both(*(prompts_of(args, own, examples) for own in (source, other)))
         with judges.named([args.judge], source, mesh) as judge:
             found = {
-                name: answers(args, own, other, prompts_of(args, own, examples), judge, mesh)
-                for name, own in (("policy", source), ("baseline", other))
+                name: answers(args, own, other, items, judge, mesh)
+                for name, own, items in zip(
+                    ("policy", "baseline"), (source, other), asked, strict=True
+                )
             }
     table = {name: summary(of) for name, of in found.items()}
     comparison = win_rate(found["policy"].scores, found["baseline"].scores)
     curve = {name: best_of(of.scores) for name, of in found.items()}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     content = {**table, "win_rate": comparison, "best_of_n": curve}
     checkpoint.write_json(args.output_dir / "evaluation.json", content)
     text = markdown(table, comparison)
     (args.output_dir / "evaluation.md").write_text(text, encoding="utf-8")
     picture(curve, args.output_dir / "best_of_n.png")
     with (args.output_dir / "completions.jsonl").open("w", encoding="utf-8") as file:
-        for row, example in enumerate(examples):
-            line: dict[str, Any] = {"prompt": example.prompt}
+        for row, item in enumerate(asked[0]):
+            line: dict[str, Any] = {"prompt": item.example.prompt}
             for name, of in found.items():
                 line |= {name: of.texts[row], f"{name}_scores": of.scores[row].tolist()}
             print(json.dumps(line, ensure_ascii=False), file=file)
     print(text)
+
+
+def of_both(
+    own: list[Tokenized], other: list[Tokenized]
+) -> tuple[list[Tokenized], list[Tokenized]]:
+    """The prompts that both policies can be asked, in the same order."""
+    sides = [{id(item.example): item for item in of} for of in (own, other)]
+    common = [name for name in sides[0] if name in sides[1]]
+    if not common:
+        raise ValueError("no prompt fits both policies: look at the data and --max_new_tokens")
+    return [sides[0][name] for name in common], [sides[1][name] for name in common]
 
 
 def answers(

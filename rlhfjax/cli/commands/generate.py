@@ -17,6 +17,7 @@ from rlhfjax.cli.arguments import Generate, Sampling
 from rlhfjax.cli.commands import training
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.batches import left_pad
+from rlhfjax.data.records import Place
 from rlhfjax.data.tokenized import Tokenized
 from rlhfjax.pretrained import Pretrained
 from rlhfjax.types import LanguageModel, Rollout
@@ -26,7 +27,10 @@ SHORTEST = 16
 
 def run(args: Generate) -> None:
     """Writes completions."""
-    examples = [formats.Prompt(prompt=prompt) for prompt in args.prompts]
+    examples = [
+        formats.Prompt(prompt=prompt, place=Place("--prompts", number))
+        for number, prompt in enumerate(args.prompts, start=1)
+    ]
     if args.dataset_name is not None:
         examples += training.examples(args, [args.dataset_name], formats.PROMPTS)[0][0]
     if not examples:

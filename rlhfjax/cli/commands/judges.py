@@ -15,7 +15,7 @@ from rlhfjax import pretrained, rewards, sharding
 from rlhfjax.algorithms import reward_model
 from rlhfjax.cli import arguments
 from rlhfjax.cli.commands import training
-from rlhfjax.data import formats, tokenized
+from rlhfjax.data import formats, hub, tokenized
 from rlhfjax.types import ScalarModel
 
 CALLS = {"raise": rewards.call, "mask": rewards.call_or_mask}
@@ -44,12 +44,21 @@ def opened(args: arguments.Online, source: Any, mesh: Any) -> Iterator[rewards.C
 @contextmanager
 def named(names: Sequence[str], source: Any, mesh: Any, **more: Any) -> Iterator[rewards.Combined]:
     """`rewards.Combined` of functions and of reward models' directories."""
-    for name in names:
-        if "/" in name and ".py" not in name and "(" not in name and not Path(name).exists():
-            raise ValueError(f"{name}: no such directory or file")
     functions = [_of_directory(Path(x), source, mesh) if Path(x).is_dir() else x for x in names]
     with rewards.Combined(functions, **more) as judge:
         yield judge
+
+
+def must_exist(names: Sequence[str]) -> None:
+    """Refuses files and directories that are not there, before anything else is loaded."""
+    for name in names:
+        place = name.partition(".py")[0] + ".py" if ".py" in name else name
+        if (
+            ("/" in place or place.endswith(".py"))
+            and "(" not in place
+            and not Path(place).exists()
+        ):
+            raise ValueError(f"{name}: no such directory or file{hub.advice(name, 'model')}")
 
 
 def ask(
@@ -73,6 +82,11 @@ def ask(
 
 
 def _of_directory(directory: Path, policy: Any, mesh: Any) -> rewards.Function:
+    if not pretrained.gives_scores(directory):
+        raise ValueError(
+            f"{directory} holds a language model, without a head for scores: give the directory of "
+            "a reward model, as `rlhfjax reward` exports it"
+        )
     source = pretrained.load_scalar(directory, mesh=mesh)
     if source.chat_template is None:
         source = source._replace(chat_template=policy.chat_template)

@@ -41,7 +41,6 @@ class Learner(NamedTuple):
       build: from the language model to what is trained.
       start: `(policy's parameters, optimizer, key) -> state`.
       policy_of: the policy's parameters among those of the state.
-      group_size: completions of a prompt.
     """
 
     algorithm: Any
@@ -50,13 +49,21 @@ class Learner(NamedTuple):
     build: Callable[[LanguageModel], Any]
     start: Callable[..., Any]
     policy_of: Callable[[Params], Params]
-    group_size: int
 
 
 def run(args: Any) -> None:
     """Trains a policy."""
+    judges.must_exist(args.reward_funcs)
     with training.opened(args, formats.PROMPTS) as session:
         mesh = session.run.mesh
+        group_size = getattr(args, "num_generations", 1)
+        num_prompts, rest = divmod(session.batch_size * args.num_mini_batches, group_size)
+        if rest:
+            raise ValueError(
+                f"{session.batch_size} rows in each of {args.num_mini_batches} mini-batches are no "
+                f"multiple of {group_size} completions of a prompt: change "
+                "--per_device_train_batch_size or --num_generations"
+            )
         source = training.load(args, mesh, remat=args.gradient_checkpointing, param_dtype="float32")
         tokenizer = training.tokenizer_of(source)
         model_key, key = jax.random.split(sharding.put(jax.random.key(args.seed), mesh))
@@ -71,13 +78,6 @@ def run(args: Any) -> None:
         length, num_tokens = lengths(args, data.items, context)
         width = source.architecture.config.width
         learner = LEARNERS[type(args)](args, tokenizer, num_tokens, width)
-        num_prompts, rest = divmod(session.batch_size * args.num_mini_batches, learner.group_size)
-        if rest:
-            raise ValueError(
-                f"{session.batch_size} rows in each of {args.num_mini_batches} mini-batches are no "
-                f"multiple of {learner.group_size} completions of a prompt: change "
-                "--per_device_train_batch_size or --num_generations"
-            )
 
         def epoch(number: int, start: int) -> Iterator[PromptBatch]:
             places = data.stream(start * num_prompts)
@@ -85,7 +85,8 @@ def run(args: Any) -> None:
                 places, batch_size=num_prompts, length=length, pad_token=tokenizer.pad_token
             )
 
-        num_steps = session.num_steps(max(len(data.items) // num_prompts, 1))
+        per_epoch = max(len(data.items) // num_prompts, 1)
+        num_steps = session.num_steps(per_epoch)
         num_epochs = learner.config.num_epochs
         optimizer = training.optimizer(args, num_steps * num_epochs * args.num_mini_batches)
 
@@ -104,8 +105,8 @@ def run(args: Any) -> None:
                 number = int(state.step) + 1
                 prompts = sharding.rows((batch.tokens, batch.mask), mesh)
                 samples = sample(state, *prompts, learner.hyper)
-                asked = [e for e in batch.examples for _ in range(learner.group_size)]
-                at = rewards.TrainerState(number, num_steps)
+                asked = [e for e in batch.examples for _ in range(group_size)]
+                at = rewards.TrainerState(number, num_steps, number / per_epoch)
                 texts, scores, measured = scored(judge, tokenizer, asked, samples, at)
                 if number % args.log_completions_steps == 1 or args.log_completions_steps == 1:
                     write_table(session.run.is_first, args.output_dir, number, asked, texts, scores)
@@ -223,7 +224,7 @@ def _ppo(args: arguments.PPO, tokenizer: Tokenizer, num_tokens: int, width: int)
         kl_horizon=jnp.inf,
     )
     config = ppo.Config(**_config(args, tokenizer, num_tokens), num_epochs=args.num_ppo_epochs)
-    return Learner(ppo, config, hyper, build, start, lambda params: params["policy"], 1)
+    return Learner(ppo, config, hyper, build, start, lambda params: params["policy"])
 
 
 def _grouped(
@@ -235,9 +236,8 @@ def _grouped(
         group_size=args.num_generations,
     )
     return Learner(
-        algorithm, config, hyper, lambda model: model, algorithm.init, lambda params: params,
-        args.num_generations,
-    )  # fmt: skip
+        algorithm, config, hyper, lambda model: model, algorithm.init, lambda params: params
+    )
 
 
 def _grpo(args: arguments.GRPO, tokenizer: Tokenizer, num_tokens: int, _: int) -> Learner:

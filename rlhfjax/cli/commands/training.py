@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "per_device_train_batch_size", "report_to", "resume", "save_steps", "save_total_limit",
     "tensor",
 )  # fmt: skip
-NUM_BUCKETS = 4
+NUM_BUCKETS = 3
 
 
 class Session(NamedTuple):
@@ -85,9 +85,11 @@ class Session(NamedTuple):
         return Mixture([items for items, _ in found], weights, self.args.seed)
 
     def num_steps(self, per_epoch: int) -> int:
-        """Of all the training."""
+        """Of all the training; the last part of a pass is rounded up to a step, as in TRL."""
         args = self.args
-        return args.max_steps if args.max_steps > 0 else args.num_train_epochs * per_epoch
+        if args.max_steps > 0:
+            return args.max_steps
+        return math.ceil(args.num_train_epochs * per_epoch)
 
     def train(self, stage: str, start: Callable[..., Any], *inputs: Any, **more: Any) -> Trained:
         """`Run.train`, from the first checkpoint on."""
@@ -134,12 +136,9 @@ def opened(args: Any, wanted: Sequence[formats.Format]) -> Iterator[Session]:
       the session.
     """
     processes.join(cluster=args.distributed)
-    bad = BadRecords(args.max_bad_records)
-    if args.dataset_weights and len(args.dataset_weights) != len(args.dataset_name):
-        raise ValueError(
-            f"--dataset_weights has {len(args.dataset_weights)} numbers for "
-            f"{len(args.dataset_name)} data sets: give one for each"
-        )
+    bad = BadRecords(
+        args.max_bad_records, advice="correct or remove them, or allow more by --max_bad_records"
+    )
     learned, aside = examples(args, args.dataset_name, wanted, bad=bad)
     mesh = sharding.mesh(data=args.data, fsdp=args.fsdp, tensor=args.tensor)
     rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
@@ -231,7 +230,7 @@ def template_of(source: Pretrained[Any]) -> ChatTemplate | None:
 
 def multiple(max_length: int) -> int:
     """What prompts are taken to be rounded up to, so that few shapes hold all of a length."""
-    return max(8, max_length // 16)
+    return max(8, max_length // 8)
 
 
 class Policy(NamedTuple):
@@ -304,7 +303,7 @@ def _adapter(args: Any, source: Pretrained[LanguageModel], key: jax.Array) -> Po
 
 def optimizer(args: arguments.Training, num_updates: int) -> optax.GradientTransformation:
     """AdamW under the schedule that was asked for; weights decay in matrices alone."""
-    rising = round(args.warmup_ratio * num_updates)
+    rising = args.warmup_steps or round(args.warmup_ratio * num_updates)
     falling = max(num_updates - rising, 1)
     after = {
         "linear": optax.linear_schedule(args.learning_rate, 0.0, falling),
