@@ -209,3 +209,66 @@ def test_reads_a_log_as_the_docstring_does(tmp_path: Path) -> None:
     kl, proxy, gold = (np.array([row.get(name) for row in rows], float) for name in names)
     turn, index = stopping.turning_point(kl, proxy, gold)
     assert turn == KL[PEAK] and rows[index]["step"] == 10 * PEAK
+
+
+def reached_by_hand(x: np.ndarray, level: float, window: int) -> int:
+    real = [i for i, number in enumerate(x) if np.isfinite(number)]
+    for end in range(window, len(real) + 1):
+        if np.mean(x[real[end - window : end]], dtype=np.float64) >= level:
+            return real[end - 1]
+    return len(x)
+
+
+def plateau_by_hand(x: np.ndarray, patience: int, min_gain: float) -> int:
+    best, since = -np.inf, 0
+    for i, number in enumerate(x):
+        if not np.isfinite(number):
+            continue
+        best, since = (number, 0) if number > best + min_gain else (best, since + 1)
+        if since >= patience:
+            return i
+    return len(x)
+
+
+HISTORIES = np.random.default_rng(4).integers(-8, 9, (40, 30)) / 4.0
+HISTORIES = np.where(np.random.default_rng(5).random((40, 30)) < 0.2, np.nan, HISTORIES)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_level_is_reached_where_the_mean_of_a_window_does(window: int) -> None:
+    found = stopping.reached(HISTORIES, level=0.75, window=window)
+    expected = [reached_by_hand(x, 0.75, window) for x in HISTORIES]
+    assert 30 in expected or window == 1
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("min_gain", [0.0, 0.5])
+def test_a_plateau_is_so_many_points_without_a_new_best(min_gain: float) -> None:
+    expected = [plateau_by_hand(x, 9, min_gain) for x in HISTORIES]
+    assert len(set(expected)) > 3
+    np.testing.assert_array_equal(
+        stopping.plateau(HISTORIES, patience=9, min_gain=min_gain), expected
+    )
+
+
+def test_what_is_to_come_changes_nothing_that_was_found_before() -> None:
+    seen = np.tri(30, dtype=bool)[:, None]
+    watched = np.where(seen, HISTORIES, np.nan)
+    for rule in (
+        partial(stopping.reached, level=0.75, window=4),
+        partial(stopping.plateau, patience=9),
+    ):
+        at = rule(HISTORIES)
+        np.testing.assert_array_equal(rule(watched).argmin(0)[at < 30], at[at < 30])
+        np.testing.assert_array_equal(jax.vmap(rule)(jnp.array(HISTORIES)), at)
+
+
+def test_a_history_without_a_point_reaches_nothing() -> None:
+    nothing = np.full(6, np.nan)
+    assert stopping.reached(nothing, level=-1e30) == 6
+    assert stopping.reached(nothing[:2], level=-1e30, window=3) == 2
+    assert stopping.plateau(nothing, patience=1) == 6
+    for rule in (partial(stopping.reached, level=0.0), partial(stopping.plateau, patience=1)):
+        with pytest.raises(AssertionError):
+            rule(jnp.float32(1))

@@ -98,7 +98,8 @@ AT_LEAST_ONE = {
     "batch_size", "best_of", "data", "fsdp", "gradient_accumulation_steps", "lora_r",
     "log_completions_steps", "max_completion_length", "max_length", "max_new_tokens",
     "max_prompt_length", "max_prompts", "num_iterations", "num_mini_batches", "num_ppo_epochs",
-    "per_device_train_batch_size", "save_steps", "save_total_limit", "tensor",
+    "per_device_train_batch_size", "save_steps", "save_total_limit", "stop_patience",
+    "stop_window", "tensor",
 }  # fmt: skip
 """Flags that count something of which there must be one."""
 AT_LEAST_TWO = {"num_generations"}
@@ -214,6 +215,17 @@ class Online(Training):
     """Updates in a pass over an iteration's samples; it has so many batches of them."""
     log_completions_steps: int = 10
     """Iterations between two tables of samples."""
+    stop_at_reward: float | None = None
+    """End the run when the score has reached it, in the mean of --stop_window iterations."""
+    stop_at_kl: float | None = None
+    """End it when the KL from the reference has, in nats a completion: a budget."""
+    stop_patience: int | None = None
+    """End it after so many iterations without a new best mean score."""
+    stop_when_falls: str | None = None
+    """Name of one of --reward_funcs, such as one of weight 0: end it when that one's mean falls
+    while the score rises, see `stopping.turning_point`."""
+    stop_window: int = 5
+    """Iterations in a mean that is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)

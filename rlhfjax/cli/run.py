@@ -50,11 +50,13 @@ class Trained(NamedTuple):
       state: after its last step.
       rows: its lines of the log.
       recompilations: programs that were compiled after the first step.
+      stopped: why it ended before its time; "" if it did not.
     """
 
     state: Any
     rows: list[Row]
     recompilations: int
+    stopped: str = ""
 
 
 class Run:
@@ -185,6 +187,7 @@ class Run:
         show: Mapping[str, str],
         best: str | None = None,
         first: int = 1,
+        stop: Callable[[list[Row]], str] | None = None,
     ) -> Trained:
         """Trains for so many steps, from the start or from where the stage was broken off.
 
@@ -199,6 +202,8 @@ class Run:
           show: name of a number beside the progress → name of the metric.
           best: a metric; the step that was saved when it was greatest is kept too.
           first: what the log calls the first step.
+          stop: from the lines of the log so far to why the stage ends here, or "". The first
+            process asks; what is resumed ends where it would have.
 
         Returns:
           the state at the end, and the lines of the log.
@@ -226,10 +231,12 @@ class Run:
             else:
                 done, cursor, state = restored.step, Cursor(**restored.cursor), restored.state
             rows = self.log.rewind(stage, done)
+            stopped = self._reason(stop, rows)
             skipped = 0 if restored is None else int(restored.metrics.get(IN_A_ROW, 0))
             compiled = None
             with progress(num_steps, stage, done=done, stream=self._screen) as advance:
-                for batch, behind in islice(batches(cursor), num_steps - done):
+                left = 0 if stopped else num_steps - done
+                for batch, behind in islice(batches(cursor), left):
                     state, metrics = step(state, batch)
                     row = self.log.write(stage, first + done, metrics)
                     for report in self.reports:
@@ -240,9 +247,10 @@ class Run:
                     skipped = skipped + 1 if row.get("val/num_skipped") else 0
                     self._check(row, skipped, state, batch)
                     advance(**{name: _shown(row[metric]) for name, metric in show.items()})
+                    stopped = self._reason(stop, rows)
                     self._calls += 1
                     asked = self._asked_to_stop(self._calls)
-                    if asked or done == num_steps or done % save_every == 0:
+                    if asked or stopped or done == num_steps or done % save_every == 0:
                         numbers = {name: x for name, x in row.items() if isinstance(x, float)}
                         numbers[IN_A_ROW] = skipped
                         checkpoints.save(
@@ -258,10 +266,25 @@ class Run:
                             told = f"{self.out}: {stage} is saved at step {done}; --resume goes on"
                             print(told, file=sys.stderr)
                         raise SystemExit(INTERRUPTED)
-        if done == num_steps:
-            self.log.rewind(stage, num_steps)  # stages in their order, if one went back
+                    if stopped:
+                        break
+        if stopped and self.is_first:
+            told = f"{self.out}: {stage} ends at step {done} of {num_steps}: {stopped}"
+            print(told, file=sys.stderr)
+        if stopped or done == num_steps:
+            self.log.rewind(stage, done)  # stages in their order, if one went back
         recompilations = self.compilations.count - (compiled or self.compilations.count)
-        return Trained(state, rows, recompilations)
+        return Trained(state, rows, recompilations, stopped)
+
+    def _reason(self, stop: Callable[[list[Row]], str] | None, rows: list[Row]) -> str:
+        """Why the stage ends here, or "": only the first process has all lines of the log."""
+        if stop is None:
+            return ""
+        why = stop(rows) if self.is_first else ""
+        if jax.process_count() == 1:
+            return why
+        ends = bool(multihost_utils.broadcast_one_to_all(np.bool_(why)))
+        return why or "the first process says so" if ends else ""
 
     def _check(self, row: Row, skipped: int, state: Any, batch: Any) -> None:
         """Stops what would go on for nothing."""

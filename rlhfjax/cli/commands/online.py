@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from rlhfjax import models, rewards, sharding
 from rlhfjax.algorithms import grpo, ppo, rloo
-from rlhfjax.cli import arguments
+from rlhfjax.cli import arguments, stops
 from rlhfjax.cli.commands import judges, training
 from rlhfjax.cli.commands.generate import tokens_of
 from rlhfjax.cli.samples import write_completions
@@ -100,6 +100,12 @@ def run(args: Any) -> None:
         sample = policy.compiled(drawn, donate=False)
         learn = policy.compiled(lambda model: halves(model)[1])
         with judges.opened(args, source, mesh) as judge:
+            rules = stops.asked(args)
+            if args.stop_when_falls not in (None, *judge.names):
+                raise ValueError(
+                    f"--stop_when_falls {args.stop_when_falls} is none of the --reward_funcs: "
+                    f"{', '.join(judge.names)}"
+                )
 
             def step(state: Any, batch: PromptBatch) -> tuple[Any, dict[str, Any]]:
                 number = int(state.step) + 1
@@ -123,6 +129,7 @@ def run(args: Any) -> None:
                 batches=partial(batches_from, epoch=epoch),
                 num_steps=num_steps,
                 best="objective/rlhf_reward",
+                stop=stops.first_reason(rules, num_steps) if rules else None,
                 show={"score": "objective/scores", "kl": "objective/kl"},
             )
         policy.save(args.output_dir / "export", learner.policy_of(trained.state.params))

@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "config", "data", "dataset_name", "distributed", "export_dtype", "fsdp",
     "gradient_accumulation_steps", "gradient_checkpointing", "log_completions_steps", "output_dir",
     "per_device_train_batch_size", "report_to", "resume", "save_steps", "save_total_limit",
-    "tensor",
+    "stop_at_kl", "stop_at_reward", "stop_patience", "stop_when_falls", "stop_window", "tensor",
 )  # fmt: skip
 NUM_BUCKETS = 3
 
@@ -325,6 +325,8 @@ def finish(session: Session, trained: Trained, **more: Any) -> None:
     """Says what came out, in `summary.json` and on the screen."""
     last = trained.rows[-1] if trained.rows else {}
     summary = {"metrics": last, "recompilations": trained.recompilations, **more}
+    if trained.stopped:
+        summary["stopped"] = trained.stopped
     session.run.write("summary.json", summary)
     if session.run.is_first:
         print(f"{session.args.output_dir}: {json.dumps(last)}", file=sys.stderr)
