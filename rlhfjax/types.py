@@ -40,6 +40,10 @@ class LanguageModel(NamedTuple):
       logits: `(params, hidden [..., D]) -> [..., V]`, the LM head.
       vocab_size: V.
       context_length: the longest sequence, prompt and response together.
+      extend: `(params, cache, tokens [B, L], mask [B, L]) -> (hidden [B, D], cache)`, L positions
+        further, any of which may be no token, such as the padding before an observation; the state
+        of the last one, which is arbitrary where that is no token. `decode` is the case of L = 1
+        without padding. None where a model has none: it cannot act over several turns.
     """
 
     init: Callable[[Array], Params]
@@ -49,6 +53,7 @@ class LanguageModel(NamedTuple):
     logits: Callable[[Params, Array], Array]
     vocab_size: int
     context_length: int
+    extend: Callable[[Params, Any, Array, Array], tuple[Array, Any]] | None = None
 
 
 class ScalarModel(NamedTuple):
@@ -167,7 +172,7 @@ class PreferenceBatch:
     @property
     def pairs(self) -> Array:
         """[B] bool, the rows that are pairs."""
-        return self.chosen_mask.any(1) & self.rejected_mask.any(1)
+        return self.chosen_mask.any(-1) & self.rejected_mask.any(-1)
 
     @property
     def real(self) -> Array:

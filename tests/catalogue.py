@@ -82,6 +82,8 @@ ARRAYS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., np.ndarray]]]
     "tokens": (EITHER, partial(integers, V)),
     "responses": (EITHER, partial(integers, V)),
     "segment_ids": ((TOKENS,), lambda *shape: integers(2, *shape) + 1),
+    "turn_rewards": (((B, K),), floats),
+    "turn_ids": ((TOKENS,), partial(integers, K)),
     "group_ids": ((ROWS,), lambda *shape: np.array([7, 3, 3, 7], np.int32)),
     "lengths": (EITHER, lambda *shape: integers(T, *shape) + 1),
     "last": ((ROWS,), partial(integers, T)),

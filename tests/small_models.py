@@ -30,7 +30,12 @@ def bigram(vocab_size: int, *, context_length: int = 64) -> LanguageModel:
     def logits(params: Params, hidden: Array) -> Array:
         return hidden
 
-    return LanguageModel(init, hidden, prefill, decode, logits, vocab_size, context_length)
+    def extend(
+        params: Params, cache: tuple[()], tokens: Array, mask: Array
+    ) -> tuple[Array, tuple[()]]:
+        return params["table"][tokens[:, -1]], ()
+
+    return LanguageModel(init, hidden, prefill, decode, logits, vocab_size, context_length, extend)
 
 
 def recurrent(vocab_size: int, width: int, *, context_length: int = 64) -> LanguageModel:
@@ -48,13 +53,15 @@ def recurrent(vocab_size: int, width: int, *, context_length: int = 64) -> Langu
         new = jnp.tanh(params["embedding"][token] + state @ params["mixing"])
         return jnp.where(real[:, None], new, state)
 
-    def hidden(params: Params, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
+    def run(params: Params, start: Array, tokens: Array, mask: Array) -> tuple[Array, Array]:
         def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
             state = advance(params, state, *at)
             return state, state
 
-        start = jnp.zeros((tokens.shape[0], width))
-        _, states = jax.lax.scan(step, start, (tokens.T, attention_mask.T))
+        return jax.lax.scan(step, start, (tokens.T, mask.T))
+
+    def hidden(params: Params, tokens: Array, attention_mask: Array, *, first: int = 0) -> Array:
+        _, states = run(params, jnp.zeros((len(tokens), width)), tokens, attention_mask)
         return states.swapaxes(0, 1)[:, first:]
 
     def prefill(params: Params, prompts: Array, mask: Array, *, length: int) -> tuple[Array, Array]:
@@ -68,7 +75,11 @@ def recurrent(vocab_size: int, width: int, *, context_length: int = 64) -> Langu
     def logits(params: Params, hidden: Array) -> Array:
         return hidden @ params["head"]
 
-    return LanguageModel(init, hidden, prefill, decode, logits, vocab_size, context_length)
+    def extend(params: Params, cache: Array, tokens: Array, mask: Array) -> tuple[Array, Array]:
+        state, _ = run(params, cache, tokens, mask)
+        return state, state
+
+    return LanguageModel(init, hidden, prefill, decode, logits, vocab_size, context_length, extend)
 
 
 def scattered(model: LanguageModel, seed: int) -> Params:

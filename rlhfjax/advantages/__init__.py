@@ -31,6 +31,7 @@ from rlhfjax.advantages.returns import (
     value_targets,
 )
 from rlhfjax.advantages.rewards import (
+    at_ends_of_turns,
     bound_scores,
     combine_scores,
     overlong_penalty,
@@ -42,6 +43,7 @@ from rlhfjax.advantages.rewards import (
 )
 
 __all__ = [
+    "at_ends_of_turns",
     "bound_scores",
     "carry_back",
     "combine_scores",

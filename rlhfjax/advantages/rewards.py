@@ -32,6 +32,31 @@ def score_at_end(scores: Array, mask: Array) -> Array:
     return spread(scores, mask & (remaining == 1))
 
 
+def at_ends_of_turns(turn_rewards: Array, turn_ids: Array, mask: Array) -> Array:
+    """rₜ = reward of turn k at the last True token of turn k, 0 elsewhere.
+
+    Args:
+      turn_rewards: [..., K] one number a turn.
+      turn_ids: [..., T] int, the turn from 0 to K - 1 that each token belongs to.
+      mask: [..., T] bool, True where the policy wrote.
+
+    Returns:
+      [..., T] float32. The reward of a turn without a True token is in none of it.
+
+    Raises:
+      AssertionError: shapes do not fit, `turn_ids` is not of integers or `mask` not bool.
+    """
+    chex.assert_equal_shape([turn_ids, mask])
+    chex.assert_shape(turn_rewards, (*mask.shape[:-1], None))
+    chex.assert_type([turn_ids, mask], [int, bool])
+    columns = jnp.arange(mask.shape[-1])
+    of_turn = mask[..., None] & (turn_ids[..., None] == jnp.arange(turn_rewards.shape[-1]))
+    last = jnp.max(jnp.where(of_turn, columns[:, None], -1), axis=-2, keepdims=True, initial=-1)
+    ends = of_turn & (columns[:, None] == last)
+    each = jnp.broadcast_to(turn_rewards[..., None, :], ends.shape)
+    return masked.sum(each, ends, axis=-1)
+
+
 def spread(per_response: Array, mask: Array) -> Array:
     """One number a response at each of its tokens, 0 at masked ones.
 

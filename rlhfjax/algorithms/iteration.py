@@ -77,14 +77,19 @@ def leave_out_unscored(samples: Rollout, scores: Array) -> tuple[Rollout, Array]
 
     Args:
       samples: the rollout.
-      scores: [B]
+      scores: [B], or [B, T] rewards of tokens, all of which must be finite.
 
     Returns:
-      the rollout, in which such samples count nowhere, and the scores with 0 there.
+      the rollout, in which such samples count nowhere, and the scores with 0 there, and at masked
+      tokens.
     """
     scored = jnp.isfinite(scores)
-    samples = replace(samples, response_mask=samples.response_mask & scored[:, None])
-    return samples, masked.fill(scores, scored)
+    if scores.ndim == 2:
+        scored = (scored | ~samples.response_mask).all(1)
+    mask = samples.response_mask & scored[:, None]
+    return replace(samples, response_mask=mask), masked.fill(
+        scores, mask if scores.ndim == 2 else scored
+    )
 
 
 def objective_metrics(

@@ -199,7 +199,7 @@ def experience(
     Args:
       params: of the `ActorCritic` at the time of sampling.
       samples: the rollout.
-      scores: [B]
+      scores: [B], or [B, T] rewards of tokens, such as `Episodes.token_rewards`.
       ref_params: of the reference policy.
       hyper: the numbers.
       kl_coef: [] β.
@@ -226,7 +226,11 @@ def experience(
     )
     ref_log_probs, _ = in_micro_batches(log_probs_of, num_micro_batches)(ref_params, *rows)
     divergence = jnp.where(mask, kl.k1(samples.log_probs, ref_log_probs), 0.0)
-    rewards = advantages.token_rewards(scores, divergence, mask, kl_coef=kl_coef)
+    if scores.ndim == 2:
+        rewards, scores = scores, scores.sum(1)
+    else:
+        rewards = advantages.score_at_end(scores, mask)
+    rewards = advantages.penalize_kl(rewards, divergence, mask, kl_coef=kl_coef)
     token_advantages, returns = advantages.gae(
         rewards, values, mask, gamma=hyper.gamma, gae_lambda=hyper.gae_lambda
     )
@@ -314,7 +318,7 @@ def learn(
     Args:
       state: the state that `samples` was sampled from.
       samples: the rollout.
-      scores: [B] what the reward says of it.
+      scores: [B] what the reward says of it, or [B, T] of its tokens.
       ref_params: of the reference policy.
       hyper: the numbers.
       model: policy and value function.

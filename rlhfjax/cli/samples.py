@@ -82,6 +82,37 @@ def write_completions(
     path.write_text(header + "".join(lines), encoding="utf-8")
 
 
+def write_transcripts(
+    path: Path, transcripts: Sequence[Sequence[tuple[bool, str]]], returns: ArrayLike
+) -> None:
+    """Writes a Markdown table of episodes, a row an episode: what was read and written, in turns.
+
+    What the policy wrote is bold, what it was given is not.
+
+    Args:
+      path: the file, replaced if it exists; its folder is made.
+      transcripts: for each episode its pieces, `(whether the policy wrote it, text)`, such as
+        `rollout.transcripts` with its tokens as text.
+      returns: [N], NaN where there is none.
+
+    Raises:
+      ValueError: arguments of unequal lengths.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        [f"**{_cell(text)}**" if wrote else _cell(text) for wrote, text in pieces]
+        for pieces in transcripts
+    ]
+    width = max(map(len, rows), default=0)
+    names = ["prompt", *(f"turn {i // 2 + 1}" if i % 2 else "given" for i in range(1, width))]
+    lines = [f"| {' | '.join([*names[:width], 'return'])} |\n", "|---" * (width + 1) + "|\n"]
+    for cells, score in zip(rows, np.asarray(returns), strict=True):
+        padded = cells + [""] * (width - len(cells))
+        lines.append(f"| {' | '.join(padded)} | {score:+.3g} |\n")
+    header = "What the policy wrote is **bold**, what it was given is not.\n\n"
+    path.write_text("# Episodes\n\n" + header + "".join(lines), encoding="utf-8")
+
+
 def _cell(text: str) -> str:
     escaped = MARKUP.sub(r"\\\1", text.strip())
     return UNPRINTABLE.sub(lambda match: f"\\\\x{ord(match[0]):02x}", escaped)

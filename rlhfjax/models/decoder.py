@@ -120,21 +120,28 @@ class _Decoder(nn.Module):
         }
 
     def decode(self, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        index, positions = cache["index"], cache["position"][:, None]
-        mask = jax.lax.dynamic_update_slice_in_dim(
-            cache["mask"], jnp.ones_like(cache["mask"][:, :1]), index, axis=1
-        )
-        x = self._embed(tokens[:, None], positions)
-        masks = self._in_sight(mask[:, None], positions, masked.positions(mask))
+        return self.extend(cache, tokens[:, None], jnp.ones((len(tokens), 1), bool))
+
+    def extend(self, cache: Cache, tokens: Array, real: Array) -> tuple[Array, Cache]:
+        index, length = cache["index"], tokens.shape[1]
+        mask = jax.lax.dynamic_update_slice_in_dim(cache["mask"], real, index, axis=1)
+        positions = cache["position"][:, None] + masked.positions(real)
+        seen = mask[:, None]
+        if length > 1:
+            seen = seen & (jnp.arange(mask.shape[1]) <= index + jnp.arange(length)[:, None])
+        x = self._embed(tokens, positions)
+        masks = self._in_sight(seen, positions, masked.positions(mask))
         layers = []
-        for layer, seen, key_value in zip(self.layers, masks, cache["layers"], strict=True):
-            x, key_value = layer(x, seen, positions, cache=key_value, index=index)
+        for number, (layer, near) in enumerate(zip(self.layers, masks, strict=True)):
+            first = length - 1 if number == len(self.layers) - 1 else 0
+            key_value = cache["layers"][number]
+            x, key_value = layer(x, near, positions, first=first, cache=key_value, index=index)
             layers.append(key_value)
         return self.norm(x)[:, 0], {
             "layers": layers,
             "mask": mask,
-            "position": cache["position"] + 1,
-            "index": index + 1,
+            "position": cache["position"] + real.sum(1, dtype=jnp.int32),
+            "index": index + length,
         }
 
     def logits(self, hidden: Array) -> Array:
@@ -183,4 +190,5 @@ def decoder(config: DecoderConfig) -> LanguageModel:
         logits=bind(module.logits),
         vocab_size=config.vocab_size,
         context_length=config.context_length,
+        extend=bind(module.extend),
     )

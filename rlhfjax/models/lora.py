@@ -168,6 +168,7 @@ def on(
         prefill=of_adapters(model.prefill),
         decode=of_adapters(model.decode),
         logits=of_adapters(model.logits),
+        extend=None if model.extend is None else of_adapters(model.extend),
     )
 
 

@@ -114,11 +114,14 @@ def row_numbers(num_rows: int) -> Array:
     return first + jnp.arange(num_rows, dtype=jnp.int32)
 
 
+@jax.custom_batching.custom_vmap
 def in_step(done: Array) -> Array:
     """Inside of `per_device`: may this device end its loop?
 
     Where devices work together in every round of the loop, as along `tensor`, only when all may:
-    one that waits for a neighbour that has gone on waits for ever. Elsewhere each for itself.
+    one that waits for a neighbour that has gone on waits for ever. Elsewhere each for itself. Under
+    vmap only when all members may: a loop that each of them could end for itself would choose
+    between all of its old and new values in every round, a whole cache among them.
 
     Args:
       done: [] bool, of this device.
@@ -130,3 +133,8 @@ def in_step(done: Array) -> Array:
     over = divided(mesh)
     alone = all(mesh.shape[axis] == 1 for axis in free(mesh, mesh.axis_names))
     return done if alone or not over else jax.lax.pmin(done.astype(jnp.int32), over) == 1
+
+
+@in_step.def_vmap
+def _of_all_members(axis_size: int, is_batched: list[bool], done: Array) -> tuple[Array, bool]:
+    return in_step(done.all() if is_batched[0] else done), False

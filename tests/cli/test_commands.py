@@ -287,6 +287,22 @@ class TestOnline:
         parts = run(folder, "rloo", "prompts.jsonl", *flags, "--resume", out="parts")
         assert rows(parts) == rows(whole)
 
+    def test_a_run_ends_where_a_rule_says_so_and_goes_on_without_it(self, folder: Path) -> None:
+        flags = ["--reward_funcs", f"{folder}/rewards.py:length", *ONLINE]
+        rule = ["--stop_at_reward", "-1", "--stop_window", "2"]
+        for resumed in ([], ["--resume"]):
+            out = run(folder, "grpo", "prompts.jsonl", *flags, *rule, *resumed, out="stopped")
+            assert len(rows(out)) == 2
+            summary = json.loads((out / "summary.json").read_text())
+            assert "--stop_at_reward -1" in summary["stopped"]
+            assert summary["recompilations"] == 0
+            assert (out / "export" / "model.safetensors").is_file()
+        run(folder, "grpo", "prompts.jsonl", *flags, "--resume", out="stopped")
+        assert len(rows(out)) == 3
+        assert "stopped" not in json.loads((out / "summary.json").read_text())
+        with pytest.raises(SystemExit, match=r"--stop_when_falls lenght .*: length"):
+            run(folder, "grpo", "prompts.jsonl", *flags, "--stop_when_falls", "lenght", out="no")
+
 
 class TestAsking:
     def test_completions_are_written_as_lines(

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhfjax.cli.samples import write_samples
+from rlhfjax.cli.samples import write_samples, write_transcripts
 
 
 def table(
@@ -68,3 +68,19 @@ def test_unequal_numbers_of_samples_are_refused(tmp_path: Path) -> None:
             gold_before=[True],
             gold_after=[True],
         )
+
+
+def test_a_transcript_tells_what_the_policy_wrote_from_what_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "not_made_yet" / "samples.md"
+    episodes = [
+        [(False, "1+2="), (True, "[1+2]"), (False, "3"), (True, "3.")],
+        [(False, "2+2="), (True, "*4*")],
+    ]
+    write_transcripts(path, episodes, [1.0, np.nan])
+    *_, header, rule, first, second = path.read_text(encoding="utf-8").splitlines()
+    assert header == "| prompt | turn 1 | given | turn 2 | return |"
+    assert rule == "|---|---|---|---|---|"
+    assert first == r"| 1+2= | **\[1+2\]** | 3 | **3.** | +1 |"
+    assert second == r"| 2+2= | **\*4\*** |  |  | +nan |"
+    with pytest.raises(ValueError, match="shorter"):
+        write_transcripts(path, episodes, [1.0])

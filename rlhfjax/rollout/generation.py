@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -11,12 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhfjax import sampling, sharding
-from rlhfjax.log_probs import token_log_probs
+from rlhfjax.rollout.turns import Writer
 from rlhfjax.types import LanguageModel, Params, Rollout
-
-Columns = dict[str, Array]
-Carry = tuple[Array, Columns, Array, Array, Any]
-"""Next token, columns, rows that ended, whether all have, cache."""
 
 
 def generate(
@@ -74,52 +69,26 @@ def generate(
             f"context of {model.context_length}: shorten either or build the model with a longer "
             "context_length"
         )
+    writer = Writer(model, num_tokens, pad_token, end_token, sampler, value_of)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (num_tokens,)))(row_keys)
 
     def respond(
         shared: tuple[Params, float | Array], prompts: Array, prompt_mask: Array, uniforms: Array
     ) -> Rollout:
         params, temperature = shared
-
-        def sample(
-            columns: Columns, t: Array | int, hidden: Array, done: Array
-        ) -> tuple[Columns, Array]:
-            logits = model.logits(params, hidden).astype(jnp.float32) / temperature
-            token = sampler(logits, uniforms[t])
-            new = {"token": token, "log_prob": token_log_probs(logits, token)}
-            if value_of is not None:
-                new["value"] = value_of(hidden).astype(jnp.float32)
-            new["token"] = jnp.where(done, pad_token, token).astype(jnp.int32)
-            columns = {name: columns[name].at[t].set(new[name]) for name in new}
-            if end_token is not None:
-                done = done | jnp.isin(new["token"], jnp.asarray(end_token))
-            return columns, done
-
-        def not_finished(carry: Carry) -> Array | bool:
-            t, _, _, finished, _ = carry
-            return t < num_tokens if end_token is None else (t < num_tokens) & ~finished
-
-        def advance(carry: Carry) -> Carry:
-            t, columns, done, _, cache = carry
-            hidden, cache = model.decode(params, cache, columns["token"][t - 1])
-            columns, done = sample(columns, t, hidden, done)
-            return t + 1, columns, done, sharding.in_step(done.all()), cache
-
-        batch, uniforms = len(prompts), uniforms.T
         hidden, cache = model.prefill(params, prompts, prompt_mask, length=length)
-        columns = {"log_prob": jnp.zeros((num_tokens, batch))}
-        if value_of is not None:
-            columns["value"] = jnp.zeros((num_tokens, batch))
-        columns["token"] = jnp.full((num_tokens, batch), pad_token, jnp.int32)
-        columns, done = sample(columns, 0, hidden, jnp.zeros(batch, bool))
-        start = jnp.int32(1), columns, done, sharding.in_step(done.all()), cache
-        _, columns, _, _, _ = jax.lax.while_loop(not_finished, advance, start)
-
-        responses = columns["token"].T
-        mask = sampling.response_mask(responses, end_token=end_token)
+        columns, _, _ = writer.write(
+            params,
+            hidden,
+            cache,
+            uniforms,
+            jnp.zeros(len(prompts), bool),
+            temperature=temperature,
+            feed=lambda cache, tokens, _: model.decode(params, cache, tokens),
+        )
+        mask = columns["real"].T
         return Rollout(
-            tokens=jnp.concatenate([prompts.astype(jnp.int32), responses], 1),
+            tokens=jnp.concatenate([prompts.astype(jnp.int32), columns["token"].T], 1),
             attention_mask=jnp.concatenate([prompt_mask, mask], 1),
             response_mask=mask,
             log_probs=jnp.where(mask, columns["log_prob"].T, 0.0),
@@ -127,4 +96,4 @@ def generate(
         )
 
     shared = params, temperature
-    return sharding.per_device(respond)(shared, prompts, prompt_mask, uniforms)
+    return sharding.per_device(respond)(shared, prompts, prompt_mask, writer.uniforms(row_keys))
