@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         algorithms,
         checkpoint,
         data,
+        feedback,
         kl,
         lm_head,
         log_probs,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         sharding,
         stopping,
         tasks,
+        tools,
         types,
     )
 
@@ -34,6 +36,7 @@ __all__ = [
     "algorithms",
     "checkpoint",
     "data",
+    "feedback",
     "kl",
     "lm_head",
     "log_probs",
@@ -48,6 +51,7 @@ __all__ = [
     "sharding",
     "stopping",
     "tasks",
+    "tools",
     "types",
 ]
 

@@ -32,6 +32,7 @@ ROOMS = {
     "sampling": Room(1, {0}, set()),
     "sequences": Room(1, {0}, set()),
     "stopping": Room(1, {0}, set()),
+    "tools": Room(1, {0}, set()),
     "rollout": Room(2, {0, 1}, set()),
     "tasks": Room(2, {0, 1}, set()),
     "models": Room(2, {0}, {"flax"}),
@@ -39,6 +40,7 @@ ROOMS = {
     "data": Room(2, {0}, {"jinja2", "pyarrow"}),
     "algorithms": Room(3, {0, 1, 2}, {"optax"}),
     "pretrained": Room(3, {0, 1, 2}, {"tokenizers"}),
+    "feedback": Room(3, {0, 1, 2}, {"yaml"}),
     "rewards": Room(3, set(), set()),
     "cli": Room(
         4,

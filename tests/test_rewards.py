@@ -113,6 +113,27 @@ def test_scores_of_any_shape_and_number_are_placed_as_float32(place: Any) -> Non
             place(scores, mask)
 
 
+def test_rewards_of_turns_are_placed_at_the_last_real_token_of_each() -> None:
+    turn_ids = jnp.array([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 2, 2]])
+    mask = jnp.array(
+        [[True, True, False, True, True, True], [False, True, False, True, True, False]]
+    )
+    rewards = jnp.array([[1, 2, 3], [4, 5, 6]])
+    given = advantages.at_ends_of_turns(rewards, turn_ids, mask)
+    assert given.dtype == jnp.float32
+    # The first turn of the second row has no token.
+    np.testing.assert_array_equal(given, [[0, 1, 0, 0, 2, 3], [0, 0, 0, 5, 6, 0]])
+    missing = jnp.array([[np.nan, 2, 3], [np.nan, 5, 6]])
+    given = advantages.at_ends_of_turns(missing, turn_ids, mask)
+    np.testing.assert_array_equal(given, [[0, np.nan, 0, 0, 2, 3], [0, 0, 0, 5, 6, 0]])
+    one = advantages.at_ends_of_turns(jnp.array([7.0, 8.0]), jnp.zeros(4, int), jnp.ones(4, bool))
+    np.testing.assert_array_equal(one, [0, 0, 0, 7])
+    for wrong in ((rewards[0], turn_ids, mask), (rewards, turn_ids[:, 1:], mask),
+                  (rewards, 1.0 * turn_ids, mask), (rewards, turn_ids, turn_ids)):  # fmt: skip
+        with pytest.raises(AssertionError):
+            advantages.at_ends_of_turns(*wrong)
+
+
 def test_the_divergence_is_taken_off_tokens_or_responses() -> None:
     rewards, divergence = jnp.array([1.0, 2.0, np.nan]), jnp.array([0.5, -1.0, np.inf])
     mask = jnp.array([True, True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -51,12 +52,21 @@ class ResponseBatch(NamedTuple):
 
     @property
     def pairs(self) -> PreferenceBatch:
-        """Of examples that are `formats.Pair`."""
+        """Of examples that are `formats.Pair`, their labels taken for certain."""
         sides: list[Any] = [
             x[:, side] for side in range(2) for x in (self.responses, self.response_mask)
         ]
         prompts: list[Any] = [self.prompts, self.prompt_mask]
         return PreferenceBatch(*prompts, *sides)
+
+    @property
+    def soft_pairs(self) -> PreferenceBatch:
+        """Of examples that are `formats.Pair`, each with its probability, or 1 if it has none."""
+        chosen_probs = np.ones(len(self.prompts), np.float32)
+        given = [example.chosen_prob for example in self.examples]
+        chosen_probs[: len(given)] = [1.0 if prob is None else prob for prob in given]
+        probs: Any = chosen_probs
+        return replace(self.pairs, chosen_probs=probs)
 
     def labelled(self, labels: np.ndarray) -> LabelledBatch:
         """With labels [B, K], such as `labels[:, None]` or `-ranks`."""

@@ -6,6 +6,7 @@
 | `prompt` | `Prompt` |
 | `prompt`, `completion` | `Completion` |
 | `prompt`, `chosen`, `rejected` | `Pair` |
+| `prompt`, `chosen`, `rejected`, `chosen_prob` (0 to 1) | `Pair` with a soft label |
 | `chosen`, `rejected`, which begin alike | `Pair`, see `split` |
 | `prompt`, `completion`, `label` (true, false) | `Unpaired` |
 | `prompt`, `completions`, the best first; or with `ranks`, or with `scores` | `Ranking` |
@@ -141,10 +142,12 @@ class Pair(Prompt):
     Attributes:
       chosen: the one that is preferred.
       rejected: the other.
+      chosen_prob: the probability that `chosen` is the better one; None where that is certain.
     """
 
     chosen: Content
     rejected: Content
+    chosen_prob: float | None = None
 
     @property
     def responses(self) -> tuple[Content, ...]:
@@ -366,6 +369,13 @@ def _pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
     return Pair(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
+def _soft_pair(prompt: Any, chosen: Any, rejected: Any, chosen_prob: Any) -> Pair:
+    prob = _number("chosen_prob", chosen_prob)
+    if not 0.0 <= prob <= 1.0:
+        raise ValueError(f"'chosen_prob' is {prob}, not a probability from 0 to 1")
+    return replace(_pair(prompt, chosen, rejected), chosen_prob=prob)
+
+
 def _implicit_pair(chosen: Any, rejected: Any) -> Pair:
     prompt, chosen, rejected = split(*_alike(chosen=chosen, rejected=rejected))
     if not prompt:
@@ -453,6 +463,7 @@ RANKED = Format(("prompt", "completions", "ranks"), _ranked)
 SCORED = Format(("prompt", "completions", "scores"), _scored)
 STEPWISE = Format(("prompt", "completions", "labels"), _stepwise)
 LISTED = Format(("prompt", "completions"), _listed)
+SOFT_PAIR = Format(("prompt", "chosen", "rejected", "chosen_prob"), _soft_pair)
 PAIR = Format(("prompt", "chosen", "rejected"), _pair)
 IMPLICIT_PAIR = Format(("chosen", "rejected"), _implicit_pair)
 UNPAIRED = Format(("prompt", "completion", "label"), _unpaired)
@@ -476,7 +487,7 @@ SUPERVISED = (COMPLETION, MESSAGES, TEXT, CHOSEN, IMPLICIT_CHOSEN)
 PROMPTS = (PROMPT, IMPLICIT_PROMPT)
 """To sample responses to, whatever else the records hold."""
 
-PREFERENCES = (PAIR, IMPLICIT_PAIR)
+PREFERENCES = (SOFT_PAIR, PAIR, IMPLICIT_PAIR)
 """For the direct methods, and reward models."""
 
 JUDGED = (

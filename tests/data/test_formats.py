@@ -38,6 +38,10 @@ def only(row: dict, kinds=ALL):
             Pair(prompt="a", chosen="b", rejected="c"),
         ),
         (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_prob": 0.75},
+            Pair(prompt="a", chosen="b", rejected="c", chosen_prob=0.75),
+        ),
+        (
             {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
             Pair(prompt=[USER], chosen=[BLUE], rejected=[GREEN]),
         ),

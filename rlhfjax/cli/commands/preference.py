@@ -60,6 +60,7 @@ def run(args: Any) -> None:
             max_length=max_length,
             multiple=training.multiple(max_length),
         )
+        soft = any(getattr(item.example, "chosen_prob", None) is not None for item in data.items)
         room = shapes(data.items, num_buckets=training.NUM_BUCKETS, max_length=max_length)
 
         def epoch(number: int, start: int) -> Iterator[Any]:
@@ -68,7 +69,7 @@ def run(args: Any) -> None:
                 pad_token=tokenizer.pad_token, seed=args.seed, epoch=number, start=start,
                 part=sharding.part_of_process(mesh),
             )  # fmt: skip
-            return map(method.batch, batches)
+            return (batch.soft_pairs if soft else method.batch(batch) for batch in batches)
 
         num_steps = session.num_steps(sum(1 for _ in epoch(0, 0)))
         optimizer = training.optimizer(args, num_steps)

@@ -42,7 +42,10 @@ def judgements(items: Sequence[Tokenized]) -> Judgements:
         raise ValueError(f"a reward model learns from one kind of judgement, not from {names}")
     example = items[0].example
     if isinstance(example, formats.Pair):
-        return Judgements(reward_model.pairs, lambda batch: batch.pairs)
+        soft = any(item.example.chosen_prob is not None for item in items)
+        return Judgements(
+            reward_model.pairs, lambda batch: batch.soft_pairs if soft else batch.pairs
+        )
     if isinstance(example, formats.Ranking):
         return Judgements(reward_model.rankings, lambda batch: batch.labelled(-batch.ranks))
     labels = np.array([item.example.label for item in items], float)
@@ -182,7 +185,8 @@ def accuracy(
 def preferred(example: Any) -> np.ndarray:
     """Of each response of a record a number, the greater the better."""
     if isinstance(example, formats.Pair):
-        return np.array([1.0, 0.0])
+        chosen = 1.0 if example.chosen_prob is None else example.chosen_prob
+        return np.array([chosen, 1.0 - chosen])
     if isinstance(example, formats.Ranking):
         return -np.array(example.ranks, float)
     return np.array([example.label], float)

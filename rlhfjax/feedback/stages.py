@@ -1,0 +1,234 @@
+"""The two stages of learning from principles, and the records that they leave to be audited.
+
+First a model criticises its own responses by a principle and revises them; it is then fine-tuned
+on the revisions (`algorithms.sft`). Then a judge compares pairs of its responses, a reward model
+learns from the probabilities (`algorithms.reward_model`), and the policy from that. Sampling and
+judging are functions to be compiled; a record is a line of JSON that TRL and `data.formats` read.
+
+References:
+  Bai et al. 2022, Constitutional AI: Harmlessness from AI Feedback.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rlhfjax import checkpoint, masked, rollout, sampling
+from rlhfjax.feedback import templates
+from rlhfjax.feedback.templates import Field, Template
+from rlhfjax.types import LanguageModel, Params, PreferenceBatch, Rollout
+
+
+class Revisions(NamedTuple):
+    """What a model says of responses, and what it makes of them.
+
+    Attributes:
+      critiques: its responses to the requests for a critique.
+      revisions: its responses to the requests for a revision.
+    """
+
+    critiques: Rollout
+    revisions: Rollout
+
+
+def revise(
+    model: LanguageModel,
+    params: Params,
+    critique_request: Template,
+    revision_request: Template,
+    fields: Mapping[str, Field],
+    key: Array,
+    *,
+    num_tokens: int,
+    pad_token: int,
+    end_token: int | tuple[int, ...] | None = None,
+    temperature: float | Array = 1.0,
+    sampler: Callable[[Array, Array], Array] = sampling.categorical,
+) -> Revisions:
+    """response → critique → revision, the whole of it in the graph.
+
+    To revise again, put the revisions in the place of the responses; `templates.select` gives each
+    row the request of a principle of its own.
+
+    Args:
+      model: who criticises and revises.
+      params: its parameters.
+      critique_request: with `{response}`.
+      revision_request: with `{response}` and `{critique}`.
+      fields: `response`, and `prompt` if a request has it; see `templates.fields_of`.
+      key: a typed key; consumed.
+      num_tokens: of a critique, and of a revision.
+      pad_token: fills them behind the end token.
+      end_token: ends them, or several of which any does; it is no part of the critique that is read
+        again.
+      temperature: the logits are divided by it.
+      sampler: as in `rollout.generate`.
+
+    Returns:
+      critiques and revisions.
+
+    Raises:
+      ValueError: a request with what is sampled is longer than the context.
+    """
+    critique_key, revision_key = jax.random.split(key)
+
+    def respond(request: Template, fields: Mapping[str, Field], key: Array) -> Rollout:
+        tokens, mask = templates.fill(request, fields, pad_token=pad_token)
+        return rollout.generate(
+            model,
+            params,
+            tokens,
+            mask,
+            key,
+            num_tokens=num_tokens,
+            pad_token=pad_token,
+            end_token=end_token,
+            temperature=temperature,
+            sampler=sampler,
+        )
+
+    critiques = respond(critique_request, fields, critique_key)
+    ends = () if end_token is None else jnp.ravel(jnp.asarray(end_token))
+    said = templates.without((critiques.responses, critiques.response_mask), ends)
+    revisions = respond(revision_request, {**fields, "critique": said}, revision_key)
+    return Revisions(critiques, revisions)
+
+
+def soft_pairs(first: Rollout, second: Rollout, probs: Array) -> PreferenceBatch:
+    """Two rollouts of the same prompts as pairs whose labels are probabilities.
+
+    Args:
+      first: B responses.
+      second: B responses of the same length to the same prompts.
+      probs: [B], the probability that the first one is better; a pair whose probability is not
+        finite is none.
+
+    Returns:
+      pairs in which `chosen` is the response that is better with a probability of ½ or more.
+
+    Raises:
+      AssertionError: shapes differ.
+    """
+    chex.assert_equal_shape([first.tokens, second.tokens])
+    chex.assert_equal_shape([first.response_mask, second.response_mask])
+    chex.assert_shape(probs, first.tokens.shape[:1])
+    judged, swap = jnp.isfinite(probs), (probs < 0.5)[:, None]
+    probs = masked.fill(probs, judged, value=0.5)
+    chosen, chosen_mask, rejected, rejected_mask = (
+        jnp.where(swap, other, one)
+        for one, other in (
+            (first.responses, second.responses),
+            (first.response_mask, second.response_mask),
+            (second.responses, first.responses),
+            (second.response_mask, first.response_mask),
+        )
+    )
+    return PreferenceBatch(
+        first.prompts,
+        first.attention_mask[:, : first.prompts.shape[1]],
+        chosen,
+        chosen_mask & judged[:, None],
+        rejected,
+        rejected_mask & judged[:, None],
+        jnp.maximum(probs, 1.0 - probs),
+    )
+
+
+def revision_records(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    critiques: Sequence[str],
+    revisions: Sequence[str],
+    *,
+    principles: Sequence[str],
+    judge: str,
+) -> list[dict[str, Any]]:
+    """Records of the first stage: `prompt` and `completion` to be learned, and how they came about.
+
+    Args:
+      prompts: N texts.
+      responses: N, before the revision.
+      critiques: N.
+      revisions: N; where there is no text there is no record.
+      principles: N names, by which each was criticised.
+      judge: who did it, such as a model's name.
+
+    Returns:
+      at most N records of `prompt`, `completion`, `response`, `critique`, `principle`, `judge`.
+
+    Raises:
+      ValueError: not all are as many.
+    """
+    rows = zip(prompts, revisions, responses, critiques, principles, strict=True)
+    names = ("prompt", "completion", "response", "critique", "principle")
+    found = [dict(zip(names, row, strict=True)) | {"judge": judge} for row in rows]
+    return [record for record in found if record["completion"]]
+
+
+def comparison_records(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    probs: np.ndarray | Array,
+    *,
+    principles: Sequence[str],
+    judge: str,
+) -> list[dict[str, Any]]:
+    """Records of the second stage: pairs with the probability that the chosen one is better.
+
+    Args:
+      prompts: N texts.
+      first: N responses.
+      second: N responses.
+      probs: [N], the probability that the first one is better; without a finite one, and where both
+        texts are the same, there is no record.
+      principles: N names, by which each was judged.
+      judge: who did it, such as a model's name.
+
+    Returns:
+      at most N records of `prompt`, `chosen`, `rejected`, `chosen_prob` (½ to 1), `principle`,
+      `judge`; `data.formats` reads them with their probability.
+
+    Raises:
+      ValueError: not all are as many.
+    """
+    found = []
+    for prompt, one, other, prob, principle in zip(
+        prompts, first, second, np.asarray(probs, float).tolist(), principles, strict=True
+    ):
+        if one == other or not np.isfinite(prob):
+            continue
+        chosen, rejected = (one, other) if prob >= 0.5 else (other, one)
+        found.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_prob": max(prob, 1.0 - prob),
+                "principle": principle,
+                "judge": judge,
+            }
+        )
+    return found
+
+
+def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as lines of JSON, all of them or none.
+
+    Args:
+      path: the file, replaced if it exists; its folder is made.
+      records: any.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records]
+    checkpoint.write_text(path, "".join(lines))
