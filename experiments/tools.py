@@ -364,7 +364,8 @@ def story(args: argparse.Namespace, run: Run, clock: Clock) -> dict[str, Any]:
     @partial(jax.vmap, in_axes=(0, 0, 0))
     def test(params: Params, key: Array, works: Array) -> tuple[rollout.Episodes, Any]:
         environment = problems(works, unseen=True)
-        reset_keys = jax.random.split(key, TESTED)
+        reset_key, key = jax.random.split(key)
+        reset_keys = jax.random.split(reset_key, TESTED)
         episodes = perform(model, params, environment, reset_keys, key, sampler=sampling.greedy)
         return episodes, success(episodes)
 

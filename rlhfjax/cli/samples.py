@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 HEADER = "| prompt | before | after | proxy score | gold verdict |\n|---|---|---|---|---|\n"
 MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
+LINE_BREAK = re.compile(r"\r\n|[\r\n\u2028\u2029]")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -87,7 +88,8 @@ def write_transcripts(
 ) -> None:
     """Writes a Markdown table of episodes, a row an episode: what was read and written, in turns.
 
-    What the policy wrote is bold, what it was given is not.
+    What the policy wrote is bold, what it was given is not. A line break is written as a space, and
+    of a turn that is blank nothing; else as `write_samples` does.
 
     Args:
       path: the file, replaced if it exists; its folder is made.
@@ -100,8 +102,11 @@ def write_transcripts(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        [f"**{_cell(text)}**" if wrote else _cell(text) for wrote, text in pieces]
-        for pieces in transcripts
+        [f"**{cell}**" if wrote and cell else cell for wrote, cell in pieces]
+        for pieces in (
+            [(wrote, _cell(LINE_BREAK.sub(" ", text))) for wrote, text in pieces]
+            for pieces in transcripts
+        )
     ]
     width = max(map(len, rows), default=0)
     names = ["prompt", *(f"turn {i // 2 + 1}" if i % 2 else "given" for i in range(1, width))]

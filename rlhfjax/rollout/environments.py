@@ -110,7 +110,8 @@ class WithPythonTool:
             self._grade(state, turn) if answer is None else 0.0
             for state, turn, answer in zip(states, tokens, said, strict=True)
         ]
-        return states, [answer or [] for answer in said], rewards, [x is None for x in said]
+        told = [[] if answer is None else list(answer) for answer in said]
+        return states, told, rewards, [answer is None for answer in said]
 
 
 def check(environment: Environment, *, num_tokens: int) -> tuple[int, int]:
@@ -193,9 +194,10 @@ def ask_step(
     given = {"states": list(states), "tokens": [list(turn) for turn in tokens]}
     after, observations, rewards, done = _ask(environment, "step", names, rows, given)
     for row, reward, ended in zip(rows, rewards, done, strict=True):
-        if np.shape(reward) != () or np.asarray(reward).dtype.kind not in "biuf":
+        number, flag = _as_array(reward), _as_array(ended)
+        if number is None or number.shape or number.dtype.kind not in "biuf":
             raise ValueError(f"environment.step: the reward of row {row} is {reward!r}: no number")
-        if np.shape(ended) != () or np.asarray(ended).dtype != bool:
+        if flag is None or flag.shape or flag.dtype != bool:
             raise ValueError(f"environment.step: done of row {row} is {ended!r}: no bool")
     observed = _all_tokens("step", "observation", rows, observations)
     return list(after), observed, [float(x) for x in rewards], [bool(x) for x in done]
@@ -211,7 +213,7 @@ def _ask(
     """The columns that it returns, or an error with the first row that fails by itself."""
     function = getattr(environment, method)
     try:
-        columns = tuple(function(**given))
+        returned = function(**given)
     except Exception as error:
         for number, row in enumerate(rows):
             alone = {name: column[number : number + 1] for name, column in given.items()}
@@ -226,15 +228,28 @@ def _ask(
             f"environment.{method} failed for {len(rows)} rows at once, and for none alone: "
             f"{error!r}"
         ) from error
+    try:
+        columns = tuple(returned)
+    except TypeError as error:
+        raise ValueError(
+            f"environment.{method} returned {_cut(repr(returned))}: return {', '.join(names)}"
+        ) from error
     if len(columns) != len(names):
         raise ValueError(
             f"environment.{method} returned {len(columns)} values: return {', '.join(names)}"
         )
     for name, column in zip(names, columns, strict=True):
-        if len(column) != len(rows):
+        try:
+            number = len(column)
+        except TypeError as error:
             raise ValueError(
-                f"environment.{method} returned {len(column)} {name} for {len(rows)} rows: return "
-                "one for each"
+                f"environment.{method} returned {_cut(repr(column))} as {name}: return a list, one "
+                f"for each of {len(rows)} rows"
+            ) from error
+        if number != len(rows):
+            raise ValueError(
+                f"environment.{method} returned {number} {name} for {len(rows)} rows: return one "
+                "for each"
             )
     return columns
 
@@ -244,18 +259,34 @@ def _all_tokens(
 ) -> list[list[int]]:
     found = []
     for row, tokens in zip(rows, columns, strict=True):
-        array = np.asarray(tokens)
-        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        array = _as_array(tokens)
+        if (
+            array is None
+            or array.ndim != 1
+            or (array.size and not np.issubdtype(array.dtype, np.integer))
+        ):
+            told = _cut(repr(tokens)) if array is None else _told(array)
             raise ValueError(
-                f"environment.{method}: the {name} of row {row} is {_told(array)}: return a list "
-                "of token numbers"
+                f"environment.{method}: the {name} of row {row} is {told}: return a list of token "
+                "numbers"
             )
         found.append(array[array != NO_TOKEN].astype(int).tolist())
     return found
 
 
+def _as_array(x: Any) -> np.ndarray | None:
+    """None where NumPy makes none of it, such as of lists of unequal lengths."""
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):
+        return None
+
+
 def _shortly(given: dict[str, Any]) -> str:
-    text = ", ".join(f"{name}={column!r}" for name, column in given.items())
+    return _cut(", ".join(f"{name}={column!r}" for name, column in given.items()))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -43,6 +43,13 @@ Written = tuple[Columns, Array, Any]
 class Episodes:
     """Episodes as a rollout, with what the environment said of them.
 
+    PPO and the algorithms without a critic learn from it as it is, except ReMax, of whose rows
+    every second one is greedy. It is not for functions that take the response mask for all that is
+    real behind the prompt, because these would lose the observations:
+    `feedback.stages.soft_pairs`, `feedback.people.compared`, `feedback.templates.fields_of`.
+
+    An episode that is cut off counts as ended: no value stands for what might have followed.
+
     Attributes:
       rollout: responses are all that follows the prompt, L = K·T + (K - 1)·O positions; the mask is
         True where the policy wrote.
@@ -116,9 +123,10 @@ def act(
       model: the policy; it needs `LanguageModel.extend`.
       params: its parameters.
       environment: pure functions of one episode.
-      reset_keys: [B] typed keys, one an episode. The G rows of a group have the same one:
-        `jnp.repeat(jax.random.split(key, N), G)`.
-      key: a typed key for sampling; consumed.
+      reset_keys: [B] typed keys, one an episode, not split from `key`. The G rows of a group have
+        the same one: `jnp.repeat(jax.random.split(reset_key, N), G)`.
+      key: a typed key for sampling; consumed. The rows' keys may be those of
+        `jax.random.split(key, B)`.
       num_turns: K, static.
       num_tokens: T of a turn, static.
       pad_token: fills what is no token.
@@ -248,7 +256,7 @@ def make_act(
     writer_of = partial(Writer, model, num_tokens, pad_token, end_token, sampler)
 
     def write(
-        params: Params, hidden: Array, cache: Any, row_keys: Array, over: Array, heat: Array
+        params: Params, hidden: Array, cache: Any, row_keys: Array, over: Array, temperature: Array
     ) -> Written:
         reads = None if value_of is None else partial(value_of, params)
         writer = writer_of(reads)
@@ -258,14 +266,16 @@ def make_act(
             cache,
             writer.uniforms(row_keys),
             over,
-            temperature=heat,
+            temperature=temperature,
             feed=_feed(model, params),
         )
 
     @jax.jit
-    def begin(params: Params, prompts: Array, mask: Array, row_keys: Array, heat: Array) -> Written:
+    def begin(
+        params: Params, prompts: Array, mask: Array, row_keys: Array, temperature: Array
+    ) -> Written:
         hidden, cache = model.prefill(params, prompts, mask, length=length)
-        return write(params, hidden, cache, row_keys, jnp.zeros(len(prompts), bool), heat)
+        return write(params, hidden, cache, row_keys, jnp.zeros(len(prompts), bool), temperature)
 
     @partial(jax.jit, donate_argnums=1)
     def go_on(
@@ -277,12 +287,12 @@ def make_act(
         over: Array,
         row_keys: Array,
         k: Array,
-        heat: Array,
+        temperature: Array,
     ) -> Written:
         last = {name: columns[name][t - 1] for name in ("token", "real")}
         hidden, cache = _go_on(model, params, cache, last, observation)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, k)
-        return write(params, hidden, cache, keys, over, heat)
+        return write(params, hidden, cache, keys, over, temperature)
 
     finish = jax.jit(_episodes)
 
@@ -299,13 +309,13 @@ def make_act(
     def act(
         params: Params, seeds: Sequence[int], key: Array, *, temperature: float | Array = 1.0
     ) -> Episodes:
-        batch, heat = len(seeds), jnp.asarray(temperature, jnp.float32)
+        batch, temperature = len(seeds), jnp.asarray(temperature, jnp.float32)
         states, said = ask_reset(environment, seeds)
         prompts, mask = padded("reset", "prompt", dict(enumerate(said)), prompt_tokens, batch)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
         over = np.zeros(batch, bool)
         history: dict[str, list[Any]] = {}
-        columns, t, cache = begin(params, prompts, mask, row_keys, heat)
+        columns, t, cache = begin(params, prompts, mask, row_keys, temperature)
         for k in range(num_turns):
             rows = np.flatnonzero(~over).tolist()
             token, real = np.asarray(columns["token"]), np.asarray(columns["real"])
@@ -336,7 +346,15 @@ def make_act(
             if last or over.all():
                 break
             columns, t, cache = go_on(
-                params, cache, columns, t, observation, over, row_keys, jnp.int32(k + 1), heat
+                params,
+                cache,
+                columns,
+                t,
+                observation,
+                over,
+                row_keys,
+                jnp.int32(k + 1),
+                temperature,
             )
         whole = {
             name: jnp.stack(

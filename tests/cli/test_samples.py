@@ -84,3 +84,13 @@ def test_a_transcript_tells_what_the_policy_wrote_from_what_it_was_given(tmp_pat
     assert second == r"| 2+2= | **\*4\*** |  |  | +nan |"
     with pytest.raises(ValueError, match="shorter"):
         write_transcripts(path, episodes, [1.0])
+
+
+def test_a_transcript_has_nothing_for_a_blank_turn_and_a_space_for_a_line_break(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "samples.md"
+    episodes = [[(False, "two\nlines\n"), (True, " \n"), (False, ""), (True, "a\r\nb\x07")]]
+    write_transcripts(path, episodes, [0.5])
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    assert last == r"| two lines |  |  | **a b\\x07** | +0.5 |"

@@ -11,6 +11,7 @@ from small_models import bigram
 from tool_functions import BAD, SLOW, echo
 
 from rlhfjax import rewards, rollout
+from rlhfjax.rollout.environments import ask_step
 
 V, T = 11, 3
 KEY = jax.random.key(0)
@@ -114,12 +115,15 @@ class Echo:
         return list(seeds), self.faults.get("prompts", [[seed] for seed in seeds])
 
     def step(self, states: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+        if "returns" in self.faults:
+            return self.faults["returns"]
         if "raises" in self.faults and self.faults["raises"] in states:
             raise KeyError("a bug")
         number = len(states)
         said = self.faults.get("observations", [[3]] * number)
         given = self.faults.get("rewards", [1.0] * number)
-        return states, said, given, self.faults.get("done", [False] * number)
+        done = self.faults.get("done", [False] * number)
+        return self.faults.get("states", states), said, given, done
 
 
 def in_python(environment: Any, **settings: Any) -> Any:
@@ -128,6 +132,7 @@ def in_python(environment: Any, **settings: Any) -> Any:
 
 
 FAULTY = Echo()
+RAGGED = [[3], [3, 4]]
 ACT = in_python(FAULTY)
 
 
@@ -149,6 +154,22 @@ ACT = in_python(FAULTY)
         ({"rewards": [1.0, [1.0], 1.0]}, "the reward of row 1 is [1.0]: no number"),
         ({"rewards": [1.0]}, "step returned 1 rewards for 3 rows"),
         ({"done": [False, 1, False]}, "done of row 1 is 1: no bool"),
+        (
+            {"returns": None},
+            "step returned None: return states, observations, rewards, done",
+        ),
+        ({"returns": ()}, "step returned 0 values: return states, observations, rewards, done"),
+        ({"rewards": None}, "step returned None as rewards: return a list, one for each of 3 rows"),
+        ({"states": 7}, "step returned 7 as states: return a list"),
+        ({"prompts": None}, "reset returned None as prompts: return a list"),
+        (
+            {"prompts": [[3], [3], RAGGED]},
+            "reset: the prompt of row 2 is [[3], [3, 4]]: return a list of token numbers",
+        ),
+        ({"observations": [[3], RAGGED, [3]]}, "the observation of row 1 is [[3], [3, 4]]: return"),
+        ({"observations": [[3], None, [3]]}, "the observation of row 1 is object[]: return"),
+        ({"rewards": [1.0, RAGGED, 1.0]}, "the reward of row 1 is [[3], [3, 4]]: no number"),
+        ({"done": [False, RAGGED, False]}, "done of row 1 is [[3], [3, 4]]: no bool"),
     ],
 )
 def test_in_python_the_row_is_named(faults: dict[str, Any], message: str) -> None:
@@ -177,6 +198,17 @@ class TestPythonTool:
         assert episodes.done.tolist() == [True, True, False]
         assert episodes.returns.tolist() == [0.0, 1.0, 0.0]
         assert float(episodes.metrics["episodes/truncated"]) == 1
+
+    def test_answers_may_be_arrays_and_empty(self) -> None:
+        environment = rollout.WithPythonTool(
+            lambda seed: (seed, [seed]),
+            lambda calls: [np.array([6, 7]), np.array([], int), [], None],
+            lambda state, tokens: 1.0,
+        )
+        turns = [[5]] * 4
+        _, said, rewards, done = ask_step(environment, range(4), range(4), turns)
+        assert said == [[6, 7], [], [], []]
+        assert (rewards, done) == ([0.0] * 3 + [1.0], [False] * 3 + [True])
 
     def test_a_function_in_a_process_of_its_own_has_a_time_limit(self) -> None:
         with rewards.Worker(echo, time_limit=20) as tool:

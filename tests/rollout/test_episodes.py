@@ -411,9 +411,9 @@ class TestLearning:
         config = ppo.Config(1, 0, num_minibatches=1, num_epochs=4)
 
         def iterate(state: ppo.State, _: None) -> tuple[ppo.State, jax.Array]:
-            key = iteration.keys(state)[0]
+            reset_key, key = jax.random.split(iteration.keys(state)[0])
             episodes = rollout.act(
-                model, state.params["policy"], environment, jax.random.split(key, 64), key,
+                model, state.params["policy"], environment, jax.random.split(reset_key, 64), key,
                 num_turns=2, num_tokens=1, pad_token=0,
             )  # fmt: skip
             state, _ = ppo.learn(
