@@ -93,7 +93,7 @@ def disagreement(differences: Array) -> Array:
       Christiano et al. 2017, §2.2.4, take the variance.
     """
     chex.assert_rank(differences, set(range(1, jnp.ndim(differences) + 1)))
-    return jnp.std(jax.nn.sigmoid(differences.astype(jnp.float32)), axis=0)
+    return _std(jax.nn.sigmoid(differences.astype(jnp.float32)))
 
 
 def mutual_information(differences: Array) -> Array:
@@ -117,8 +117,8 @@ def mutual_information(differences: Array) -> Array:
     chex.assert_rank(differences, set(range(1, jnp.ndim(differences) + 1)))
     d = differences.astype(jnp.float32)
     first, second = jax.nn.sigmoid(d), jax.nn.sigmoid(-d)
-    of_mean = jax.scipy.special.entr(first.mean(0)) + jax.scipy.special.entr(second.mean(0))
-    of_each = jax.scipy.special.entr(first) + jax.scipy.special.entr(second)
+    of_mean = _entropy(first.mean(0)) + _entropy(second.mean(0))
+    of_each = _entropy(first) + _entropy(second)
     return jnp.maximum(of_mean - of_each.mean(0), 0.0)
 
 
@@ -224,10 +224,20 @@ def lower_bound(scores: Array, *, coef: float | Array = 1.0) -> Array:
     """
     chex.assert_rank(scores, set(range(1, jnp.ndim(scores) + 1)))
     x = scores.astype(jnp.float32)
-    # The gradient of a root at 0 is infinite: of members that agree it is that of the mean.
+    return x.mean(0) - coef * _std(x)
+
+
+def _std(x: Array) -> Array:
+    """σ over members; the gradient of a root at 0 is infinite, of members that agree it is 0."""
     variance = jnp.var(x, axis=0)
-    std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-    return x.mean(0) - coef * std
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+
+
+def _entropy(p: Array) -> Array:
+    """-p·log p, whose gradient is infinite at 0: there, and where p underflows, both are 0."""
+    some = ~(p < jnp.finfo(p.dtype).tiny)  # What is NaN stays so.
+    p = jnp.where(some, p, 1.0)
+    return -p * jnp.log(p)
 
 
 def _enough(size: int, num: int) -> None:

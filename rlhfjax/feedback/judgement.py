@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhfjax import masked, sharding
@@ -124,7 +125,8 @@ def over_principles(probs: Array, weights: Array | None = None) -> Array:
       weights: broadcastable to [..., K], ≥ 0; None for equal ones.
 
     Returns:
-      [...] float32; 0 where all weights are 0. What has the weight 0 does not matter.
+      [...] float32; NaN where all weights are 0: no principle applies, nobody has said anything,
+      and `stages.soft_pairs` makes no pair of it. What has the weight 0 does not matter.
 
     Raises:
       AssertionError: the weights do not broadcast.
@@ -134,7 +136,8 @@ def over_principles(probs: Array, weights: Array | None = None) -> Array:
     weights = jnp.broadcast_to(weights, probs.shape)
     total = weights.sum(-1)
     weighted = weights * masked.fill(probs, weights > 0)
-    return weighted.sum(-1) / jnp.where(total > 0, total, 1.0)
+    mean = weighted.sum(-1) / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, mean, jnp.nan)
 
 
 def draw_principles(key: Array, num_rows: int, weights: Array) -> Array:
@@ -230,8 +233,10 @@ def ask(
       [B] float32.
 
     Raises:
-      ValueError: a blank without a field, or a text that is longer than the judge's context.
+      ValueError: a blank without a field, a text that is longer than the judge's context, or a
+        token of the question that is not in its vocabulary; a traced one is not looked at.
     """
+    _known(question, model.vocab_size)
     tokens, mask = sharding.split_rows(templates.fill(question.template, fields))
     answers = jnp.asarray(question.answers), jnp.asarray(question.mask)
     return log_odds(answer_log_probs(model, params, tokens, mask, *answers))
@@ -260,7 +265,7 @@ def compare(
       `mean_of_log_odds`.
 
     Raises:
-      ValueError: a blank without a field, or a text that is longer than the judge's context.
+      ValueError: as `ask`.
     """
 
     # The two orders of a pair stand side by side, so that on a mesh no row changes its device.
@@ -279,7 +284,7 @@ def compare(
 
 
 def as_reward(
-    judge: LanguageModel, policy: LanguageModel, question: Question, *, drop: Sequence[int] = ()
+    judge: LanguageModel, policy: LanguageModel, question: Question, *, drop: Sequence[int]
 ) -> Callable[[Params, Rollout], Array]:
     """The log-odds of the first answer about each sample, as the reward of an algorithm.
 
@@ -289,13 +294,14 @@ def as_reward(
       judge: any language model.
       policy: whose responses it reads.
       question: with the blank `{response}`, and `{prompt}` if it likes.
-      drop: tokens that are no part of a text, such as those that begin and end one.
+      drop: tokens that are no part of a text, such as those that begin and end one: within the
+        judge's text the end of a response would be the end of all.
 
     Returns:
       `(judge_params, rollout) -> scores [B]`.
 
     Raises:
-      ValueError: their vocabularies differ.
+      ValueError: their vocabularies differ, or the question has a token that is not in them.
     """
     if judge.vocab_size != policy.vocab_size:
         raise ValueError(
@@ -303,8 +309,26 @@ def as_reward(
             f"{judge.vocab_size}: the same number would mean another token to it; use models with "
             "the same tokenizer, or judge texts (`rewards.call`)"
         )
+    _known(question, judge.vocab_size)
 
     def reward_of(params: Params, samples: Rollout) -> Array:
         return ask(judge, params, question, templates.fields_of(samples, drop=drop))
 
     return reward_of
+
+
+def _known(question: Question, vocab_size: int) -> None:
+    """A lookup of a token that is not in the table gives NaN, or another row, and no error."""
+    template = question.template
+    texts = [("question", *pair) for pair in zip(template.pieces, template.masks, strict=True)]
+    for name, tokens, mask in (*texts, ("answers", question.answers, question.mask)):
+        if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+            continue
+        tokens = np.asarray(tokens)
+        unknown = tokens[np.asarray(mask) & ((tokens < 0) | (tokens >= vocab_size))]
+        if len(unknown):
+            raise ValueError(
+                f"token {unknown[0]} of the {name} is not in the judge's vocabulary of "
+                f"{vocab_size} tokens, 0 to {vocab_size - 1}: encode questions with the judge's "
+                "own tokenizer and its vocab_size (`templates.vocabulary`)"
+            )

@@ -33,7 +33,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,12 @@ import numpy as np
 from jax import Array
 
 from rlhfjax import sharding
+from rlhfjax.feedback import stages
 from rlhfjax.types import Params, PreferenceBatch, Rollout, ScalarModel
 
 Step = Callable[..., tuple[Any, dict[str, Array]]]
+MASKS = {"prompts": "prompt_mask", "chosen": "chosen_mask", "rejected": "rejected_mask"}
+"""Tokens of a `PreferenceBatch` → where they are real."""
 
 
 def newcomer(shared: Any, place: int | Array) -> Any:
@@ -85,11 +88,15 @@ def user(states: Any, place: int | Array) -> Any:
 
     Args:
       states: of all, [N, …].
-      place: of the user, see `place_of`.
+      place: of the user, see `place_of`; a traced one is not looked at.
 
     Returns:
       the tree without its leading axis.
+
+    Raises:
+      ValueError: nobody can have that place.
     """
+    _check_place(states, place)
     return jax.tree.map(lambda x: x[place], states)
 
 
@@ -103,8 +110,24 @@ def put(states: Any, place: int | Array, state: Any) -> Any:
 
     Returns:
       the states.
+
+    Raises:
+      ValueError: nobody can have that place; a traced one is not looked at.
     """
+    _check_place(states, place)
     return jax.tree.map(lambda all_users, own: all_users.at[place].set(own), states, state)
+
+
+def _check_place(states: Any, place: Any) -> None:
+    """An index out of range would be another user's, and what is written there nobody's."""
+    if isinstance(place, slice | jax.core.Tracer) or np.ndim(place):
+        return
+    num_users = len(jax.tree.leaves(states)[0])
+    if not 0 <= int(place) < num_users:
+        raise ValueError(
+            f"place {int(place)} of {num_users} users: places are 0 to {num_users - 1}, and "
+            "`start` makes as many as there may ever be users"
+        )
 
 
 def place_of(names: Sequence[str], name: str) -> int:
@@ -192,7 +215,8 @@ def batches(
     Raises:
       ValueError: with the user's name and what is wrong: a name that is not there or there twice,
         too many pairs, other lengths than those of the user before, a token that is not in the
-        vocabulary, `chosen_probs` that are no probabilities or that some have and others have not.
+        vocabulary (under a mask it becomes 0), `chosen_probs` that are no probabilities or that
+        some have and others have not.
     """
     if not feedback:
         raise ValueError(f"none of the {len(names)} users has said anything")
@@ -205,9 +229,15 @@ def batches(
             for field in fields(batch)
             if getattr(batch, field.name) is not None
         }
-        _check(name, batch.pairs, columns, num_pairs=num_pairs, vocab_size=vocab_size)
+        columns |= _checked(name, batch.pairs, columns, num_pairs=num_pairs, vocab_size=vocab_size)
         own = {column: x.shape[1:] for column, x in columns.items()}
         sizes = sizes or own
+        if ("chosen_probs" in own) != ("chosen_probs" in sizes):
+            has, before = ("has", "have not") if "chosen_probs" in own else ("has no", "have")
+            raise ValueError(
+                f"user {name!r} {has} chosen_probs, and those before {before}: give them to all, "
+                "1 where a user is certain, or to nobody"
+            )
         if own != sizes:
             raise ValueError(
                 f"user {name!r}: the columns of a pair have the sizes {own}, those of the user "
@@ -225,24 +255,28 @@ def batches(
     return PreferenceBatch(**{name: stacked(name) for name in sizes})
 
 
-def _check(
+def _checked(
     name: str,
     pairs: Array,
     columns: Mapping[str, np.ndarray],
     *,
     num_pairs: int,
     vocab_size: int,
-) -> None:
+) -> dict[str, np.ndarray]:
+    """The columns of tokens, each of them in the vocabulary: a model looks them all up."""
     if len(pairs) > num_pairs:
         raise ValueError(
             f"user {name!r} has {len(pairs)} pairs, and there is room for {num_pairs}: raise "
             "num_pairs, or give them in several batches"
         )
-    for column in ("prompts", "chosen", "rejected"):
+    found = {}
+    for column, mask in MASKS.items():
         tokens = columns[column]
-        unknown = np.argwhere((tokens < 0) | (tokens >= vocab_size))
-        if len(unknown):
-            row, position = unknown[0]
+        unknown = (tokens < 0) | (tokens >= vocab_size)
+        found[column] = np.where(unknown, 0, tokens).astype(tokens.dtype)
+        unknown &= columns[mask]
+        if unknown.any():
+            row, position = np.argwhere(unknown)[0]
             raise ValueError(
                 f"user {name!r}: {column} of pair {row} has token {tokens[row, position]} at "
                 f"position {position}, but the model's vocabulary has {vocab_size} tokens, 0 to "
@@ -255,6 +289,7 @@ def _check(
             f"user {name!r}: chosen_probs of pair {wrong[0]} is {probs[wrong[0]]}: give a "
             "probability between 0 and 1"
         )
+    return found
 
 
 def compared(first: Rollout, second: Rollout, first_wins: Array) -> PreferenceBatch:
@@ -271,21 +306,9 @@ def compared(first: Rollout, second: Rollout, first_wins: Array) -> PreferenceBa
     Raises:
       AssertionError: shapes differ or `first_wins` is not bool.
     """
-    chex.assert_equal_shape([first.tokens, second.tokens])
-    chex.assert_equal_shape([first.response_mask, second.response_mask])
-    chex.assert_shape(first_wins, first.tokens.shape[:1])
     chex.assert_type(first_wins, bool)
-    wins = first_wins[:, None]
-    responses = first.responses, second.responses
-    masks = first.response_mask, second.response_mask
-    return PreferenceBatch(
-        first.prompts,
-        first.attention_mask[:, : first.prompts.shape[1]],
-        jnp.where(wins, *responses),
-        jnp.where(wins, *masks),
-        jnp.where(wins, *responses[::-1]),
-        jnp.where(wins, *masks[::-1]),
-    )
+    batch = stages.soft_pairs(first, second, jnp.asarray(first_wins, jnp.float32))
+    return replace(batch, chosen_probs=None)
 
 
 def no_pairs(like: PreferenceBatch, *, num_pairs: int) -> PreferenceBatch:
@@ -298,7 +321,11 @@ def no_pairs(like: PreferenceBatch, *, num_pairs: int) -> PreferenceBatch:
     Returns:
       a `PreferenceBatch` of M rows that count nowhere.
     """
-    return jax.tree.map(lambda x: jnp.zeros((num_pairs, *x.shape[1:]), x.dtype), like)
+
+    def room(x: Array) -> Array:
+        return jnp.zeros((num_pairs, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+
+    return jax.tree.map(room, like)
 
 
 def remember(store: PreferenceBatch, new: PreferenceBatch, at: int | Array) -> PreferenceBatch:
@@ -307,12 +334,14 @@ def remember(store: PreferenceBatch, new: PreferenceBatch, at: int | Array) -> P
     Args:
       store: M rows, see `no_pairs`.
       new: B pairs.
-      at: where the first of them goes. What would come behind the last row is left out.
+      at: where the first of them goes. What would come behind the last row is left out, and what
+        would come before row 0.
 
     Returns:
       the store.
     """
     rows = at + jnp.arange(len(new.prompts))
+    rows = jnp.where(rows < 0, len(store.prompts), rows)  # Negative ones would count from the end.
     return jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), store, new)
 
 

@@ -1,9 +1,10 @@
 """The two stages of learning from principles, and the records that they leave to be audited.
 
 First a model criticises its own responses by a principle and revises them; it is then fine-tuned
-on the revisions (`algorithms.sft`). Then a judge compares pairs of its responses, a reward model
-learns from the probabilities (`algorithms.reward_model`), and the policy from that. Sampling and
-judging are functions to be compiled; a record is a line of JSON that TRL and `data.formats` read.
+on what `revised` makes of them (`algorithms.sft`). Then a judge compares pairs of its responses, a
+reward model learns from the probabilities (`algorithms.reward_model`), and the policy from that.
+Sampling and judging are functions to be compiled; a record is a line of JSON that TRL and
+`data.formats` read.
 
 References:
   Bai et al. 2022, Constitutional AI: Harmlessness from AI Feedback.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhfjax import checkpoint, masked, rollout, sampling
+from rlhfjax import checkpoint, masked, rollout, sampling, sequences
 from rlhfjax.feedback import templates
 from rlhfjax.feedback.templates import Field, Template
 from rlhfjax.types import LanguageModel, Params, PreferenceBatch, Rollout
@@ -97,10 +98,50 @@ def revise(
         )
 
     critiques = respond(critique_request, fields, critique_key)
-    ends = () if end_token is None else jnp.ravel(jnp.asarray(end_token))
-    said = templates.without((critiques.responses, critiques.response_mask), ends)
+    said = templates.without((critiques.responses, critiques.response_mask), _ends(end_token))
     revisions = respond(revision_request, {**fields, "critique": said}, revision_key)
     return Revisions(critiques, revisions)
+
+
+def revised(
+    prompt: Field, revisions: Rollout, *, end_token: int | tuple[int, ...] | None = None
+) -> tuple[Array, Array, Array]:
+    """Prompts with their revisions, as if these had been the responses: what is to be learned.
+
+    `sft.loss(params, model, *revised(prompt, found.revisions))`, and a step of `sft` takes
+    the same. What was asked for the revision is no part of it.
+
+    Args:
+      prompt: tokens [B, P] and mask, padded anywhere; with what every text begins with, so that the
+        model learns from what it will be asked.
+      revisions: of a `Revisions`, B of them.
+      end_token: as in `revise`: a revision without another token says nothing, and is not learned.
+
+    Returns:
+      tokens [B, P + T] int32, left-padded prompts before right-padded revisions; the tokens to be
+      learned, [B, P + T] bool; the real ones, [B, P + T] bool.
+
+    Raises:
+      AssertionError: there are not as many prompts as revisions, or a prompt's mask is another
+        shape or not bool.
+    """
+    tokens, mask = prompt
+    chex.assert_rank([tokens, mask], 2)
+    chex.assert_equal_shape([tokens, mask])
+    chex.assert_type([tokens, mask], [int, bool])
+    chex.assert_equal_shape([mask, revisions.response_mask], dims=0)
+    tokens, mask = sequences.pad_left(tokens.astype(jnp.int32), mask, pad_value=0)
+    real = revisions.response_mask
+    said = templates.without((revisions.responses, real), _ends(end_token))[1].any(1, keepdims=True)
+    return (
+        jnp.concatenate([tokens, revisions.responses], axis=1),
+        jnp.concatenate([jnp.zeros_like(mask), real & said], axis=1),
+        jnp.concatenate([mask, real], axis=1),
+    )
+
+
+def _ends(end_token: int | tuple[int, ...] | None) -> Array | tuple[int, ...]:
+    return () if end_token is None else jnp.ravel(jnp.asarray(end_token))
 
 
 def soft_pairs(first: Rollout, second: Rollout, probs: Array) -> PreferenceBatch:

@@ -51,20 +51,19 @@ class _Tokenizer(Protocol):
     @property
     def backend(self) -> Any: ...
     @property
-    def vocab_size(self) -> int: ...
-    @property
     def begin_token(self) -> int | None: ...
     @property
     def special_tokens(self) -> Mapping[str, str]: ...
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]: ...
 
 
-def vocabulary(tokenizer: _Tokenizer, *, size: int | None = None) -> Vocabulary:
+def vocabulary(tokenizer: _Tokenizer, *, size: int) -> Vocabulary:
     """The vocabulary of a model directory's tokenizer.
 
     Args:
       tokenizer: a `pretrained.Tokenizer`.
-      size: that of the model, where it has room for more tokens.
+      size: the model's `vocab_size`: a tokenizer may have more tokens than the model knows, or
+        fewer.
 
     Returns:
       a `Vocabulary` whose texts begin as the tokenizer's do.
@@ -73,7 +72,7 @@ def vocabulary(tokenizer: _Tokenizer, *, size: int | None = None) -> Vocabulary:
     token = None if unknown is None else tokenizer.backend.token_to_id(unknown)
     return Vocabulary(
         lambda text: tokenizer.encode([text], add_special_tokens=False)[0],
-        tokenizer.vocab_size if size is None else size,
+        size,
         () if tokenizer.begin_token is None else (tokenizer.begin_token,),
         () if token is None else (token,),
     )
@@ -176,6 +175,8 @@ def encode(
       DataError: as `parse`, or a token that is not in the vocabulary.
     """
     texts, names = parse(text, needed=needed, known=known)
+    if unknown := [token for token in vocabulary.begin if not 0 <= token < vocabulary.size]:
+        raise DataError(f"texts begin with the token {unknown[0]}, which is unknown to the model")
     ids = [tokens_of(piece, vocabulary) if piece else [] for piece in texts]
     ids[0] = [*vocabulary.begin, *ids[0]]
     pieces = tuple(np.asarray(piece, np.int32) for piece in ids)
@@ -284,12 +285,13 @@ def _pieces(template: Template) -> list[Field]:
     ]
 
 
-def fields_of(samples: Rollout, *, drop: Sequence[int] = ()) -> dict[str, Field]:
+def fields_of(samples: Rollout, *, drop: Sequence[int]) -> dict[str, Field]:
     """Prompts and responses of a rollout, for the blanks `{prompt}` and `{response}`.
 
     Args:
       samples: of a policy with the judge's vocabulary.
-      drop: tokens that have no place within a text, such as those that begin and end one.
+      drop: tokens that have no place within a text, such as those that begin and end one; () where
+        there are none.
 
     Returns:
       `prompt` and `response`.

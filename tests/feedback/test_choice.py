@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from rlhfjax.feedback import choice
 from rlhfjax.models import linear_head
@@ -40,6 +41,22 @@ class TestInformation:
         d = jnp.array([[300.0, 300.0, INF], [-300.0, 300.0, -INF]])
         expected = [math.log(2), 0.0, math.log(2)]
         np.testing.assert_allclose(choice.mutual_information(d), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("measure", [choice.mutual_information, choice.disagreement])
+    @pytest.mark.parametrize("size", [0.0, 1.0, 90.0, 200.0, INF])
+    def test_gradients_are_numbers(self, measure, size: float) -> None:
+        # Members that agree, contradict each other, and of which one is undecided.
+        d = size * jnp.array([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]) if size else jnp.zeros((3, 2))
+        d = jnp.concatenate([d, d.at[0].set(0.0)], axis=1)
+        slope = jax.grad(lambda x: measure(x).sum())(d)
+        assert np.isfinite(measure(d)).all() and np.isfinite(slope).all()
+        np.testing.assert_allclose(slope[:, 0], 0.0, atol=1e-6)
+
+    @pytest.mark.parametrize("measure", [choice.mutual_information, choice.disagreement])
+    def test_gradients_are_those_of_finite_differences(self, measure) -> None:
+        check_grads(
+            measure, (jax.random.normal(jax.random.key(0), (5, 3)),), 1, atol=1e-2, rtol=1e-2
+        )
 
     def test_a_scalar_is_no_ensemble(self) -> None:
         with pytest.raises(AssertionError):

@@ -131,7 +131,15 @@ class TestPrinciples:
         np.testing.assert_allclose(judgement.over_principles(probs[:1]), [0.4], rtol=1e-6)
         found = judgement.over_principles(probs, jnp.array([3.0, 1.0, 0.0]))
         np.testing.assert_allclose(found, [0.3, 0.75], rtol=1e-6)
-        assert (judgement.over_principles(probs, jnp.zeros(3)) == 0.0).all()
+
+    def test_where_none_applies_nobody_has_said_anything(self) -> None:
+        """0 would say that the second response is better for certain."""
+        probs, weights = jnp.array([[0.2, 0.6], [1.0, 0.5]]), jnp.array([[0.0, 0.0], [0.0, 2.0]])
+        found, slope = jax.value_and_grad(
+            lambda x: jnp.nansum(judgement.over_principles(x, weights))
+        )(probs)
+        np.testing.assert_array_equal(judgement.over_principles(probs, weights), [np.nan, 0.5])
+        assert found == 0.5 and slope.tolist() == [[0.0, 0.0], [0.0, 1.0]]
 
     def test_one_for_each_pair(self) -> None:
         weights = jnp.array([3.0, 0.0, 1.0])
@@ -233,7 +241,28 @@ class TestAsking:
 
     def test_another_vocabulary_is_refused(self) -> None:
         with pytest.raises(ValueError, match="vocabulary of 13 tokens and the judge one of 12"):
-            judgement.as_reward(JUDGE, bigram(13), WHETHER)
+            judgement.as_reward(JUDGE, bigram(13), WHETHER, drop=())
+
+    @pytest.mark.parametrize(
+        ("pieces", "answers", "message"),
+        [
+            ((ids(7), ids(12)), [[1], [2]], "token 12 of the question"),
+            ((ids(-1), ids(7)), [[1], [2]], "token -1 of the question"),
+            ((ids(7), ids(8)), [[1, 3], [99]], "token 99 of the answers"),
+        ],
+    )
+    def test_a_token_beyond_the_vocabulary_is_refused(self, pieces, answers, message) -> None:
+        asked = question(("response",), *pieces, answers=answers)
+        field = np.zeros((1, 2), np.int32), np.ones((1, 2), bool)
+        with pytest.raises(ValueError, match=f"{message} is not in the judge's vocabulary of 12"):
+            judgement.ask(JUDGE, PARAMS, asked, {"response": field})
+        with pytest.raises(ValueError, match=message):
+            judgement.as_reward(JUDGE, bigram(VOCAB), asked, drop=())
+
+    def test_under_the_mask_a_token_does_not_matter(self) -> None:
+        asked = question(("response",), ids(7), ids(8), answers=[[1], [2, 3]])
+        asked.answers[0, 1] = 99
+        judgement.as_reward(JUDGE, bigram(VOCAB), asked, drop=())
 
 
 def test_a_judge_can_be_taught() -> None:

@@ -122,6 +122,13 @@ class TestTogether:
         learn(states, ALL, OWN, BASE)
         assert len(traced) == 1 and put._cache_size() == 1  # type: ignore[attr-defined]
 
+    @pytest.mark.parametrize("place", [3, 7, -1, np.int64(3), jnp.int32(-1)])
+    def test_a_place_that_nobody_has_is_refused(self, place: Any) -> None:
+        with pytest.raises(ValueError, match=f"place {place} of 3 users"):
+            people.user(OWN, place)
+        with pytest.raises(ValueError, match=f"place {place} of 3 users"):
+            people.put(OWN, place, pairs(9))
+
     def test_other_numbers_of_users_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"of 2 users, but the states .*\(3,\)"):
             LEARN(people.start(SHARED, num_users=N), jnp.ones(2, bool), OWN, BASE)
@@ -244,12 +251,45 @@ class TestFeedback:
                 {"bo": replace(pairs(0), chosen_probs=np.array([1.0, 0.0, np.nan, 1.0]))},
                 "user 'bo': chosen_probs of pair 2 is nan",
             ),
+            (
+                {"ada": replace(pairs(0), chosen_probs=np.ones(B)), "bo": pairs(0)},
+                "user 'bo' has no chosen_probs, and those before have: give them to all",
+            ),
+            (
+                {"ada": pairs(0), "bo": replace(pairs(0), chosen_probs=np.ones(B))},
+                "user 'bo' has chosen_probs, and those before have not: give them to all",
+            ),
         ],
-        ids=["nothing", "unknown", "too many", "other lengths", "token", "probability"],
+        ids=[
+            "nothing",
+            "unknown",
+            "too many",
+            "other lengths",
+            "token",
+            "probability",
+            "only one is certain",
+            "only one is not certain",
+        ],
     )
     def test_what_is_wrong_names_the_user(self, feedback: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             people.batches(feedback, ["ada", "bo"], num_pairs=4, vocab_size=V)
+
+    def test_tokens_under_the_mask_do_not_matter(self) -> None:
+        own = pairs(0)
+        columns = {
+            name: np.where(getattr(own, mask), getattr(own, name), -1)
+            for name, mask in people.MASKS.items()
+        }
+        batch = people.batches(
+            {"bo": replace(own, **columns)}, ["ada", "bo"], num_pairs=B, vocab_size=V
+        )
+        for name, mask in people.MASKS.items():
+            real = getattr(own, mask)
+            assert not real.all()
+            np.testing.assert_array_equal(getattr(batch, name)[1][real], getattr(own, name)[real])
+            # A model looks up padding too.
+            assert (getattr(batch, name)[1][~real] == 0).all()
 
     def test_two_users_of_one_name_are_refused(self) -> None:
         with pytest.raises(ValueError, match="'bo' has 2 places"):
@@ -267,6 +307,9 @@ class TestFeedback:
         assert batch.rejected.tolist() == [[4, 2], [4, 0]]
         assert batch.chosen_mask.tolist() == batch.rejected_mask.tolist() == [[1, 1], [1, 0]]
         assert batch.prompts.tolist() == [[1], [1]] and batch.prompt_mask.all()
+        assert batch.chosen_probs is None
+        with pytest.raises(AssertionError):
+            people.compared(written(3), written(4), jnp.array([1, 0]))
 
     def test_rounds_are_remembered_and_recalled(self) -> None:
         store = people.no_pairs(pairs(0), num_pairs=6)
@@ -286,3 +329,13 @@ class TestFeedback:
         full = people.remember(store, pairs(2, 4), 4)
         np.testing.assert_array_equal(full.chosen[:4], store.chosen[:4])
         np.testing.assert_array_equal(full.chosen[4:], pairs(2, 4).chosen[:2])
+        early = people.remember(store, pairs(2, 4), -1)
+        np.testing.assert_array_equal(early.chosen[:3], pairs(2, 4).chosen[1:])
+        np.testing.assert_array_equal(early.chosen[3:], store.chosen[3:])
+
+    @pytest.mark.filterwarnings("error")
+    def test_tokens_may_be_wide_integers(self) -> None:
+        wide = replace(pairs(0), chosen=np.asarray(pairs(0).chosen, np.int64))
+        store = people.remember(people.no_pairs(wide, num_pairs=B), wide, 0)
+        assert store.chosen.dtype == jnp.int32
+        np.testing.assert_array_equal(store.chosen, wide.chosen)

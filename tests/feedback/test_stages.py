@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_models import bigram
 
 from rlhfjax import sampling
-from rlhfjax.algorithms import reward_model
+from rlhfjax.algorithms import reward_model, sft
 from rlhfjax.data import formats, records, tokenized
 from rlhfjax.data.example_batches import Shape, response_batches
 from rlhfjax.data.text import DataError
@@ -64,6 +65,35 @@ class TestRevise:
                 bigram(VOCAB, context_length=10), chain(), request, request, fields,
                 jax.random.key(0), num_tokens=4, pad_token=0,
             )  # fmt: skip
+
+
+class TestRevised:
+    asked = rollout_of([[9, 9, 9]] * 3, [[4, 5, END], [6, 7, 8], [END, 0, 0]],
+                       [[1, 1, 1], [1, 1, 1], [1, 0, 0]])  # fmt: skip
+    prompt = jnp.array([[1, 2], [3, 99], [2, 1]]), jnp.array([[1, 1], [1, 0], [1, 1]], bool)
+
+    def test_is_the_prompt_with_the_revision_alone(self) -> None:
+        tokens, learned, real = stages.revised(self.prompt, self.asked, end_token=END)
+        assert tokens.tolist() == [[1, 2, 4, 5, END], [0, 3, 6, 7, 8], [2, 1, END, 0, 0]]
+        assert real.tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+        # The last one has nothing but its end.
+        assert learned.tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 1], [0] * 5]
+        assert stages.revised(self.prompt, self.asked)[1][2].tolist() == [0, 0, 1, 0, 0]
+
+    def test_as_many_prompts_as_revisions(self) -> None:
+        with pytest.raises(AssertionError):
+            stages.revised(jax.tree.map(lambda x: x[:2], self.prompt), self.asked)
+
+    def test_supervised_training_learns_them(self) -> None:
+        model, optimizer = bigram(VOCAB), optax.sgd(0.5)
+        batch = stages.revised(self.prompt, self.asked, end_token=END)
+        step = sft.make_step(model, optimizer)
+        state = sft.init(chain(), optimizer)
+        state, before = step(state, *batch)
+        _, after = step(state, *batch)
+        # Of a table of zeros all tokens are as probable.
+        np.testing.assert_allclose(before["loss"], np.log(VOCAB), rtol=1e-6)
+        assert before["num_tokens"] == 6 and after["loss"] < before["loss"]
 
 
 class TestSoftPairs:

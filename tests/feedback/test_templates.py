@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rlhfjax.data.text import DataError
-from rlhfjax.feedback import templates
+from rlhfjax.feedback import principles, templates
+from rlhfjax.feedback.principles import Principle
 from rlhfjax.feedback.templates import Question, Vocabulary
 from rlhfjax.types import Rollout
 
@@ -184,3 +185,13 @@ def test_the_vocabulary_of_a_model_directory() -> None:
     assert templates.encode("it is {response}", found).pieces[0].tolist() == [2, 4, 3]
     with pytest.raises(DataError, match="lacks a part of 'never'"):
         templates.tokens_of("never", found)
+    # A model may know fewer tokens than its tokenizer.
+    asked = {"question": "{response} is it kind", "answers": {"question": ("yes", "no")}}
+    kind = Principle("kind", **asked)
+    small = found._replace(size=5)
+    with pytest.raises(
+        DataError, match=r"principle 'kind': question: .* 5 is unknown to the model"
+    ):
+        principles.question(kind, small)
+    with pytest.raises(DataError, match="texts begin with the token 2"):
+        templates.encode("{response}", found._replace(size=2))
