@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -118,6 +118,19 @@ class Shape(NamedTuple):
 
     prompt: int
     response: int
+
+
+def pairs_of(items: Sequence[Tokenized]) -> Callable[[ResponseBatch], PreferenceBatch]:
+    """How batches of pairs are read: with soft labels if any example has one, so all alike.
+
+    Args:
+      items: all of which there will be batches; their examples are `formats.Pair`.
+
+    Returns:
+      `soft_pairs` or `pairs` of a batch.
+    """
+    soft = any(item.example.chosen_prob is not None for item in items)
+    return lambda batch: batch.soft_pairs if soft else batch.pairs
 
 
 def shapes(

@@ -14,7 +14,8 @@ from rlhfjax.cli import arguments
 from rlhfjax.cli.commands import training
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.cursor import batches_from
-from rlhfjax.data.example_batches import ResponseBatch, response_batches, shapes
+from rlhfjax.data.example_batches import ResponseBatch, pairs_of, response_batches, shapes
+from rlhfjax.data.tokenized import Tokenized
 
 
 class Method(NamedTuple):
@@ -24,7 +25,7 @@ class Method(NamedTuple):
       algorithm: its module.
       hyper: its numbers.
       formats: of the data that it learns from.
-      batch: what its step takes of a batch.
+      reader: from the items to what its step takes of a batch of them.
       has_reference: whether it asks what another policy thinks.
       smallest_batch: rows of an update without which it means nothing.
     """
@@ -32,7 +33,7 @@ class Method(NamedTuple):
     algorithm: Any
     hyper: Any
     formats: Sequence[formats.Format]
-    batch: Callable[[ResponseBatch], Any]
+    reader: Callable[[Sequence[Tokenized]], Callable[[ResponseBatch], Any]]
     has_reference: bool
     smallest_batch: int = 1
 
@@ -60,7 +61,7 @@ def run(args: Any) -> None:
             max_length=max_length,
             multiple=training.multiple(max_length),
         )
-        soft = any(getattr(item.example, "chosen_prob", None) is not None for item in data.items)
+        read = method.reader(data.items)
         room = shapes(data.items, num_buckets=training.NUM_BUCKETS, max_length=max_length)
 
         def epoch(number: int, start: int) -> Iterator[Any]:
@@ -69,7 +70,7 @@ def run(args: Any) -> None:
                 pad_token=tokenizer.pad_token, seed=args.seed, epoch=number, start=start,
                 part=sharding.part_of_process(mesh),
             )  # fmt: skip
-            return (batch.soft_pairs if soft else method.batch(batch) for batch in batches)
+            return map(read, batches)
 
         num_steps = session.num_steps(sum(1 for _ in epoch(0, 0)))
         optimizer = training.optimizer(args, num_steps)
@@ -100,7 +101,7 @@ def run(args: Any) -> None:
 
 
 def _pairs(algorithm: Any, hyper: Any, *, has_reference: bool) -> Method:
-    return Method(algorithm, hyper, formats.PREFERENCES, lambda batch: batch.pairs, has_reference)
+    return Method(algorithm, hyper, formats.PREFERENCES, pairs_of, has_reference)
 
 
 def _dpo(args: arguments.DPO) -> Method:
@@ -125,7 +126,8 @@ def _kto(args: arguments.KTO) -> Method:
     )
     # The completion of a row to the prompt of another one says what z is.
     return Method(
-        kto, hyper, (formats.UNPAIRED,), lambda batch: batch.labelled(batch.labels[:, None]),
+        kto, hyper, (formats.UNPAIRED,),
+        lambda _: lambda batch: batch.labelled(batch.labels[:, None]),
         has_reference=True, smallest_batch=2,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from rlhfjax.cli.arguments import Reward
 from rlhfjax.cli.commands import training
 from rlhfjax.data import formats, tokenized
 from rlhfjax.data.cursor import batches_from
-from rlhfjax.data.example_batches import ResponseBatch, response_batches, shapes
+from rlhfjax.data.example_batches import ResponseBatch, pairs_of, response_batches, shapes
 from rlhfjax.data.tokenized import Tokenized
 from rlhfjax.pretrained import Pretrained
 from rlhfjax.types import LanguageModel, ScalarModel
@@ -42,10 +42,7 @@ def judgements(items: Sequence[Tokenized]) -> Judgements:
         raise ValueError(f"a reward model learns from one kind of judgement, not from {names}")
     example = items[0].example
     if isinstance(example, formats.Pair):
-        soft = any(item.example.chosen_prob is not None for item in items)
-        return Judgements(
-            reward_model.pairs, lambda batch: batch.soft_pairs if soft else batch.pairs
-        )
+        return Judgements(reward_model.pairs, pairs_of(items))
     if isinstance(example, formats.Ranking):
         return Judgements(reward_model.rankings, lambda batch: batch.labelled(-batch.ranks))
     labels = np.array([item.example.label for item in items], float)
