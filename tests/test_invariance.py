@@ -1,6 +1,7 @@
 """What holds for every function of floors 0 and 1, whatever it computes; see `catalogue`."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import catalogue
@@ -42,6 +43,11 @@ def by_row(subject: Subject, arrays: dict[str, Any]) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
+@cache
+def compiled(subject: Subject) -> Callable[[dict[str, Any]], Any]:
+    return jax.jit(partial(by_row, subject))
+
+
 def has_rows(array: Any) -> bool:
     return np.ndim(array) > 0 and np.shape(array)[0] == catalogue.B
 
@@ -53,7 +59,7 @@ def test_compiled_is_eager(subject: Subject) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_permuted_rows_give_permuted_results(subject: Subject) -> None:
-    run = jax.jit(partial(by_row, subject))
+    run = compiled(subject)
     permuted = {
         name: array[ORDER] if has_rows(array) else array for name, array in subject.arrays.items()
     }
@@ -67,7 +73,7 @@ def test_permuted_rows_give_permuted_results(subject: Subject) -> None:
 def test_a_batch_is_its_rows(subject: Subject) -> None:
     """Except for numbers of the whole batch, which one row does not have."""
     run = partial(by_row, subject)
-    batched = jax.jit(run)(subject.arrays)
+    batched = compiled(subject)(subject.arrays)
     rows = {name: array for name, array in subject.arrays.items() if has_rows(array)}
     others = {name: array for name, array in subject.arrays.items() if name not in rows}
     try:
@@ -100,7 +106,8 @@ def test_groups_do_not_see_a_shift_of_all_scores(subject: Subject) -> None:
     if subject.name.endswith((".gpg",)):
         pytest.skip("its factor counts the scores that are 0")
     shifted = {**subject.arrays, "scores": subject.arrays["scores"] + 8.0}
-    close(subject(shifted), subject(subject.arrays), 1e-5)
+    run = compiled(subject)
+    close(run(shifted), run(subject.arrays), 1e-5)
 
 
 def test_the_walk_is_long_and_knows_masks() -> None:

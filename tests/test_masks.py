@@ -74,12 +74,12 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_nothing_under_a_mask_reaches_values_or_gradients(subject: Subject) -> None:
-    for run in (outcome(subject), compiled(subject)):
-        clean = run(subject.arrays)
-        for leaf in jax.tree.leaves(clean):
-            assert np.isfinite(np.asarray(leaf, np.float32)).all()
-        for poison in POISONS:
-            assert_same_bits(run(poisoned(subject, poison)), clean)
+    run = compiled(subject)
+    clean = run(subject.arrays)
+    for leaf in jax.tree.leaves(clean):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    for poison in POISONS:
+        assert_same_bits(run(poisoned(subject, poison)), clean)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
