@@ -1,6 +1,7 @@
 """Losses of reward models against loops, probabilities that must add up, and each other."""
 
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations, permutations
 from typing import Any
 
@@ -47,6 +48,7 @@ LOSSES: dict[str, tuple[Loss, tuple[np.ndarray, ...]]] = {
     ),
 }
 BY_ROW = {"plackett-luce", "best of n"}
+plackett_luce = jax.jit(ranking.plackett_luce, static_argnames="reduce")
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -224,26 +226,26 @@ class TestPlackettLuce:
     def test_the_best_is_chosen_of_all_then_of_the_rest(self) -> None:
         weights = np.exp(FIRST[0].astype(np.float64))
         expected = -sum(np.log(weights[k] / weights[k:].sum()) for k in range(K))
-        loss, _ = ranking.plackett_luce(FIRST[0])
+        loss, _ = plackett_luce(FIRST[0])
         assert loss == pytest.approx(expected, rel=1e-5)
 
     def test_the_probabilities_of_all_rankings_add_up_to_1(self) -> None:
         orders = np.array(list(permutations(range(4))))
-        losses, _ = ranking.plackett_luce(FIRST[0][orders], reduce=masked.fill)
+        losses, _ = plackett_luce(FIRST[0][orders], reduce=masked.fill)
         assert np.exp(-losses).sum() == pytest.approx(1.0, rel=1e-5)
 
     def test_only_real_candidates_take_part(self) -> None:
-        alone, _ = ranking.plackett_luce(FIRST[1][[0, 2, 3]])
-        among, _ = ranking.plackett_luce(FIRST[1], MASK[1])
+        alone, _ = plackett_luce(FIRST[1][[0, 2, 3]])
+        among, _ = plackett_luce(FIRST[1], MASK[1])
         assert among == pytest.approx(float(alone), rel=1e-6)
 
     def test_of_two_it_is_bradley_terry(self) -> None:
-        losses, metrics = ranking.plackett_luce(FIRST[:, :2], reduce=masked.fill)
+        losses, metrics = plackett_luce(FIRST[:, :2], reduce=masked.fill)
         np.testing.assert_allclose(losses, softplus(FIRST[:, 1] - FIRST[:, 0]), rtol=1e-5)
         assert metrics["accuracy"] == np.mean(FIRST[:, 0] > FIRST[:, 1])
 
     def test_candidates_far_behind_still_count(self) -> None:
-        (loss, _), grad = jax.value_and_grad(ranking.plackett_luce, has_aux=True)(
+        (loss, _), grad = jax.jit(jax.value_and_grad(ranking.plackett_luce, has_aux=True))(
             jnp.array([900.0, -300.0, -200.0])
         )
         assert loss == 100.0
@@ -320,9 +322,10 @@ class TestPairs:
         jax.tree.map(np.testing.assert_array_equal, by_index, in_order)
 
 
+@cache
 def differentiated(name: str) -> tuple[Callable[..., Any], tuple[np.ndarray, ...]]:
     loss, arrays = LOSSES[name]
-    return jax.value_and_grad(loss, tuple(range(len(arrays))), has_aux=True), arrays
+    return jax.jit(jax.value_and_grad(loss, tuple(range(len(arrays))), has_aux=True)), arrays
 
 
 @each_loss

@@ -18,6 +18,8 @@ KL = POINTS / 4
 RISING, FALLING = KL, -KL
 CONCAVE = -np.square((POINTS - PEAK) / 20)
 turning_point = jax.jit(stopping.turning_point, static_argnames="window")
+reached = jax.jit(stopping.reached, static_argnames="window")
+plateau = jax.jit(stopping.plateau, static_argnames="patience")
 
 
 def by_hand(
@@ -172,7 +174,7 @@ def test_batched_equals_vmapped() -> None:
     rng = np.random.default_rng(3)
     logs = np.stack([KL, RISING, CONCAVE])[:, None, None] + rng.normal(size=(3, 2, 5, K)) / 5
     whole = turning_point(*logs)
-    mapped = jax.vmap(jax.vmap(partial(stopping.turning_point, num_errors=5.0)))(*jnp.array(logs))
+    mapped = jax.vmap(jax.vmap(turning_point))(*jnp.array(logs))
     for a, b in zip(whole, mapped, strict=True):
         assert a.shape == (2, 5)
         np.testing.assert_array_equal(a, b)
@@ -207,7 +209,7 @@ def test_reads_a_log_as_the_docstring_does(tmp_path: Path) -> None:
     with path.open(encoding="utf-8") as lines:
         rows = [row for row in map(json.loads, lines) if row["stage"] == "ppo"]
     kl, proxy, gold = (np.array([row.get(name) for row in rows], float) for name in names)
-    turn, index = stopping.turning_point(kl, proxy, gold)
+    turn, index = turning_point(kl, proxy, gold)
     assert turn == KL[PEAK] and rows[index]["step"] == 10 * PEAK
 
 
@@ -236,7 +238,7 @@ HISTORIES = np.where(np.random.default_rng(5).random((40, 30)) < 0.2, np.nan, HI
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_level_is_reached_where_the_mean_of_a_window_does(window: int) -> None:
-    found = stopping.reached(HISTORIES, level=0.75, window=window)
+    found = reached(HISTORIES, level=0.75, window=window)
     expected = [reached_by_hand(x, 0.75, window) for x in HISTORIES]
     assert 30 in expected or window == 1
     np.testing.assert_array_equal(found, expected)
@@ -247,17 +249,15 @@ def test_a_level_is_reached_where_the_mean_of_a_window_does(window: int) -> None
 def test_a_plateau_is_so_many_points_without_a_new_best(min_gain: float) -> None:
     expected = [plateau_by_hand(x, 9, min_gain) for x in HISTORIES]
     assert len(set(expected)) > 3
-    np.testing.assert_array_equal(
-        stopping.plateau(HISTORIES, patience=9, min_gain=min_gain), expected
-    )
+    np.testing.assert_array_equal(plateau(HISTORIES, patience=9, min_gain=min_gain), expected)
 
 
 def test_what_is_to_come_changes_nothing_that_was_found_before() -> None:
     seen = np.tri(30, dtype=bool)[:, None]
     watched = np.where(seen, HISTORIES, np.nan)
     for rule in (
-        partial(stopping.reached, level=0.75, window=4),
-        partial(stopping.plateau, patience=9),
+        partial(reached, level=0.75, window=4),
+        partial(plateau, patience=9),
     ):
         at = rule(HISTORIES)
         np.testing.assert_array_equal(rule(watched).argmin(0)[at < 30], at[at < 30])
@@ -266,9 +266,9 @@ def test_what_is_to_come_changes_nothing_that_was_found_before() -> None:
 
 def test_a_history_without_a_point_reaches_nothing() -> None:
     nothing = np.full(6, np.nan)
-    assert stopping.reached(nothing, level=-1e30) == 6
-    assert stopping.reached(nothing[:2], level=-1e30, window=3) == 2
-    assert stopping.plateau(nothing, patience=1) == 6
+    assert reached(nothing, level=-1e30) == 6
+    assert reached(nothing[:2], level=-1e30, window=3) == 2
+    assert plateau(nothing, patience=1) == 6
     for rule in (partial(stopping.reached, level=0.0), partial(stopping.plateau, patience=1)):
         with pytest.raises(AssertionError):
             rule(jnp.float32(1))
