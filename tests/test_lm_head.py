@@ -64,6 +64,10 @@ def chunked_kl(policy, reference, temperature=1.0, chunk_size: int = 8) -> jax.A
     return jnp.sum(WEIGHTS[0] * divergence)
 
 
+of_dense = jax.jit(jax.value_and_grad(dense, (0, 1, 2, 3)))
+of_dense_kl, of_chunked_kl = (jax.jit(jax.value_and_grad(f)) for f in (dense_kl, chunked_kl))
+
+
 def widened(policy: tuple, places: slice) -> tuple:
     """The policy with NaN for entries outside the vocabulary, and where the others are."""
     hidden, head, bias = policy
@@ -95,8 +99,9 @@ class TestLogProbsAndEntropy:
     def test_gradients_are_those_of_the_definition(
         self, chunk_size: int, temperature: float
     ) -> None:
-        mine = jax.grad(chunked, (0, 1, 2, 3))(*POLICY, temperature, chunk_size)
-        theirs = jax.grad(dense, (0, 1, 2, 3))(*POLICY, temperature)
+        in_chunks = partial(chunked, chunk_size=chunk_size)
+        mine = jax.jit(jax.grad(in_chunks, (0, 1, 2, 3)))(*POLICY, temperature)
+        theirs = of_dense(*POLICY, temperature)[1]
         assert_close(mine, theirs, atol=1e-5)
 
     def test_it_is_the_dense_function_of_the_library(self) -> None:
@@ -112,8 +117,9 @@ class TestLogProbsAndEntropy:
             both = small(hidden, head, tokens, bias, temperature=temperature)
             return jnp.sum(WEIGHTS[0] * both[0] + WEIGHTS[1] * both[1])
 
-        loss, grads = jax.value_and_grad(of, (0, 1, 2, 3))(*wide, 0.7, kept[TOKENS])
-        clean_loss, clean_grads = jax.value_and_grad(dense, (0, 1, 2, 3))(*POLICY, 0.7)
+        run = jax.jit(jax.value_and_grad(of, (0, 1, 2, 3)))
+        loss, grads = run(*wide, 0.7, kept[TOKENS])
+        clean_loss, clean_grads = of_dense(*POLICY, 0.7)
         narrow = (grads[0], grads[1][kept], grads[2][kept], grads[3])
         assert_close((loss, narrow), (clean_loss, clean_grads), atol=1e-5)
         for grad in grads[1:3]:
@@ -181,14 +187,15 @@ class TestKl:
     def test_gradients_are_those_of_the_definition(
         self, chunk_size: int, temperature: float
     ) -> None:
-        mine = jax.grad(chunked_kl)(POLICY, REFERENCE, temperature, chunk_size)
-        theirs = jax.grad(dense_kl)(POLICY, REFERENCE, temperature)
+        in_chunks = partial(chunked_kl, chunk_size=chunk_size)
+        mine = jax.jit(jax.grad(in_chunks))(POLICY, REFERENCE, temperature)
+        theirs = of_dense_kl(POLICY, REFERENCE, temperature)[1]
         assert_close(mine, theirs, atol=1e-5)
 
     def test_equal_heads_have_none_and_no_gradient(self) -> None:
         divergence = small_kl(HIDDEN, HEAD, HIDDEN, HEAD, BIAS, BIAS)
         np.testing.assert_array_equal(divergence, 0.0)
-        for grad in jax.grad(chunked_kl)(POLICY, POLICY):
+        for grad in of_chunked_kl(POLICY, POLICY)[1]:
             np.testing.assert_allclose(grad, 0.0, atol=1e-6)
 
     def test_the_reference_and_the_temperature_are_constants(self) -> None:
@@ -199,8 +206,8 @@ class TestKl:
     @each_place
     def test_entries_outside_both_vocabularies_change_nothing(self, places: slice) -> None:
         (wide, kept), (wide_ref, _) = (widened(p, places) for p in (POLICY, REFERENCE))
-        loss, grads = jax.value_and_grad(chunked_kl)(wide, wide_ref, 0.7)
-        clean_loss, clean_grads = jax.value_and_grad(dense_kl)(POLICY, REFERENCE, 0.7)
+        loss, grads = of_chunked_kl(wide, wide_ref, 0.7)
+        clean_loss, clean_grads = of_dense_kl(POLICY, REFERENCE, 0.7)
         narrow = (grads[0], grads[1][kept], grads[2][kept])
         assert_close((loss, narrow), (clean_loss, clean_grads), atol=1e-5)
         for grad in grads[1:]:
@@ -216,7 +223,7 @@ class TestKl:
             log_p, log_ref = log_p_of(*policy), log_p_of(*reference)[..., kept]
             return jnp.sum(WEIGHTS[0] * (jnp.exp(log_p) * (log_p - log_ref)).sum(-1))
 
-        loss, grads = jax.value_and_grad(chunked_kl)(wide, reference)
+        loss, grads = of_chunked_kl(wide, reference)
         narrow = (grads[0], grads[1][kept], grads[2][kept])
         assert_close((loss, narrow), jax.value_and_grad(theirs)(POLICY), atol=1e-5)
 
@@ -227,7 +234,7 @@ class TestKl:
         (hidden, head, bias), (ref_hidden, ref_head, ref_bias) = policy, wide
         divergence = small_kl(hidden, head, ref_hidden, ref_head, bias, ref_bias)
         np.testing.assert_array_equal(divergence, np.inf)
-        for grad in jax.grad(chunked_kl)(policy, wide):
+        for grad in of_chunked_kl(policy, wide)[1]:
             np.testing.assert_array_equal(grad, 0.0)
 
 
@@ -253,7 +260,7 @@ def test_mapped_over_policies_and_scanned_over_them(
 ) -> None:
     both = [policy, tuple(0.5 * np.flip(x, 0) for x in policy)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *both)
-    run = jax.value_and_grad(loss, (0, 1, 2))
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(run(*p) for p in both))
     assert_close(jax.vmap(run)(*stacked), expected, atol=1e-5)
     _, scanned = jax.lax.scan(lambda _, p: (None, run(*p)), None, stacked)
