@@ -87,14 +87,14 @@ class Experience:
 
     Attributes:
       rollout: N·G samples, those without a score not in its `response_mask`.
-      scores: [N·G], 0 where there is none.
+      rewards: [N·G, T] of tokens, 0 where masked.
       ref_log_probs: [N·G, T] under the reference, 0 where masked.
       advantages: [N·G] or [N·G, T], what the algorithm's loss reads.
       group_size: G, static.
     """
 
     rollout: Rollout
-    scores: Array
+    rewards: Array
     ref_log_probs: Array
     advantages: Array
     group_size: int = field(metadata={"static": True})
@@ -103,6 +103,11 @@ class Experience:
     def mask(self) -> Array:
         """[N·G, T] bool, the tokens to be learned from."""
         return self.rollout.response_mask
+
+    @property
+    def scores(self) -> Array:
+        """[N·G], Σ rewards of a response; 0 where there is no score."""
+        return self.rewards.sum(1)
 
     @property
     def scored(self) -> Array:
@@ -174,7 +179,7 @@ def experience(
 
     Args:
       samples: the rollout.
-      scores: [N·G]
+      scores: [N·G], or [N·G, T] rewards of tokens, such as `Episodes.token_rewards`.
       ref_params: of the reference policy.
       hyper: the numbers.
       model: the policy.
@@ -185,7 +190,7 @@ def experience(
       the experience, its advantages still 0.
     """
     checks.context(samples.tokens, model.context_length)
-    samples, scores = iteration.leave_out_unscored(samples, scores)
+    samples, rewards = iteration.leave_out_unscored(samples, scores)
     mask = samples.response_mask
     log_probs_of = partial(
         response_log_probs, model, num_tokens=mask.shape[1], temperature=hyper.temperature
@@ -194,7 +199,7 @@ def experience(
         ref_params, samples.tokens, samples.attention_mask
     )
     ref_log_probs = masked.fill(ref_log_probs, mask)
-    return Experience(samples, scores, ref_log_probs, jnp.zeros(mask.shape), group_size)
+    return Experience(samples, rewards, ref_log_probs, jnp.zeros(mask.shape), group_size)
 
 
 def learn(
@@ -216,7 +221,8 @@ def learn(
     Args:
       state: the state that `samples` was sampled from.
       samples: the rollout.
-      scores: [N·G] what the reward says of it.
+      scores: [N·G] what the reward says of it, or [N·G, T] of its tokens: algorithms with
+        returns-to-go credit what comes behind a token, the others the sum.
       ref_params: of the reference policy.
       hyper: the numbers.
       estimate: fills in the advantages; may leave rows of each group out.

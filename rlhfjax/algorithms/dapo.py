@@ -181,7 +181,7 @@ def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:
         buffer=hyper.overlong_buffer,
         factor=hyper.overlong_factor,
     )
-    shaped = replace(batch, scores=batch.scores + penalty)
+    shaped = replace(batch, rewards=batch.rewards + advantages.score_at_end(penalty, batch.mask))
     of_group = grpo.Hyperparameters(std_eps=hyper.std_eps)
     return replace(batch, advantages=grpo.estimate(shaped, of_group).advantages)
 

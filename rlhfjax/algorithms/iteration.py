@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhfjax import masked, sharding
+from rlhfjax import advantages, masked, sharding
 from rlhfjax.algorithms import checks
 from rlhfjax.types import LanguageModel, Params, Rollout
 
@@ -80,16 +80,15 @@ def leave_out_unscored(samples: Rollout, scores: Array) -> tuple[Rollout, Array]
       scores: [B], or [B, T] rewards of tokens, all of which must be finite.
 
     Returns:
-      the rollout, in which such samples count nowhere, and the scores with 0 there, and at masked
-      tokens.
+      the rollout, in which such samples count nowhere, and rewards [B, T], 0 where masked: those
+      given, or each score at the last token of its response.
     """
     scored = jnp.isfinite(scores)
     if scores.ndim == 2:
         scored = (scored | ~samples.response_mask).all(1)
     mask = samples.response_mask & scored[:, None]
-    return replace(samples, response_mask=mask), masked.fill(
-        scores, mask if scores.ndim == 2 else scored
-    )
+    place = masked.fill if scores.ndim == 2 else advantages.score_at_end
+    return replace(samples, response_mask=mask), place(scores, mask)
 
 
 def objective_metrics(

@@ -211,7 +211,7 @@ def experience(
     """
     num_tokens = samples.response_mask.shape[1]
     checks.context(samples.tokens, model.policy.context_length)
-    samples, scores = iteration.leave_out_unscored(samples, scores)
+    samples, rewards = iteration.leave_out_unscored(samples, scores)
     mask = samples.response_mask
     rows = samples.tokens, samples.attention_mask
 
@@ -226,15 +226,11 @@ def experience(
     )
     ref_log_probs, _ = in_micro_batches(log_probs_of, num_micro_batches)(ref_params, *rows)
     divergence = jnp.where(mask, kl.k1(samples.log_probs, ref_log_probs), 0.0)
-    if scores.ndim == 2:
-        rewards, scores = scores, scores.sum(1)
-    else:
-        rewards = advantages.score_at_end(scores, mask)
-    rewards = advantages.penalize_kl(rewards, divergence, mask, kl_coef=kl_coef)
+    penalised = advantages.penalize_kl(rewards, divergence, mask, kl_coef=kl_coef)
     token_advantages, returns = advantages.gae(
-        rewards, values, mask, gamma=hyper.gamma, gae_lambda=hyper.gae_lambda
+        penalised, values, mask, gamma=hyper.gamma, gae_lambda=hyper.gae_lambda
     )
-    metrics = iteration.objective_metrics(samples, scores, divergence, kl_coef)
+    metrics = iteration.objective_metrics(samples, rewards.sum(1), divergence, kl_coef)
     whitened = masked.whiten(token_advantages, mask)
     return Experience(samples, values, whitened, returns), metrics
 

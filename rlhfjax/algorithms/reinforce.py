@@ -33,7 +33,7 @@ class Hyperparameters:
 
 
 def token_rewards(batch: Experience, *, kl_coef: float | Array) -> Array:
-    """`advantages.token_rewards` under k1: -β·k1ₜ, and the score at the last token.
+    """`advantages.penalize_kl` under k1: -β·k1ₜ, and what the token earned.
 
     Args:
       batch: the experience.
@@ -43,7 +43,7 @@ def token_rewards(batch: Experience, *, kl_coef: float | Array) -> Array:
       [B, T] float32.
     """
     divergence = kl.k1(batch.rollout.log_probs, batch.ref_log_probs)
-    return advantages.token_rewards(batch.scores, divergence, batch.mask, kl_coef=kl_coef)
+    return advantages.penalize_kl(batch.rewards, divergence, batch.mask, kl_coef=kl_coef)
 
 
 def estimate(batch: Experience, hyper: Hyperparameters) -> Experience:

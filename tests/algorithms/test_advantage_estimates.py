@@ -43,9 +43,10 @@ def experience(group_size: int = G) -> critic_free.Experience:
     tokens = jnp.tile(jnp.arange(B)[:, None], (1, T + 1))
     real = jnp.concatenate([jnp.ones((B, 1), bool), MASK], axis=1)
     rollout = Rollout(tokens, real, jnp.asarray(MASK), jnp.where(MASK, OLD, 0.0))
-    scores = jnp.where(SCORED, SCORES, 0.0)
+    rewards = np.zeros((B, T), np.float32)
+    rewards[SCORED, LENGTHS[SCORED] - 1] = SCORES[SCORED]
     ref = jnp.where(MASK, REF, 0.0)
-    return critic_free.Experience(rollout, scores, ref, jnp.zeros((B, T)), group_size)
+    return critic_free.Experience(rollout, jnp.asarray(rewards), ref, jnp.zeros((B, T)), group_size)
 
 
 def groups(size: int = G) -> Iterator[list[int]]:
@@ -163,7 +164,7 @@ class TestAdvantages:
 
     @pytest.mark.parametrize("temperature", [1.0, 0.0])
     def test_of_equal_scores_are_even_and_keep_their_order(self, temperature: float) -> None:
-        batch = replace(experience(2), scores=jnp.ones(B))
+        batch = replace(experience(2), rewards=jnp.zeros((B, T)))
         hyper = online_dpo.Hyperparameters(score_temperature=temperature)
         batch = online_dpo.estimate(batch, hyper)
         np.testing.assert_array_equal(batch.rollout.tokens[:, 0], np.arange(B))
@@ -177,17 +178,39 @@ class TestAdvantages:
         assert batch.group_size == 1
 
     def test_a_score_is_kept_before_none_however_low_and_of_equal_ones_the_first(self) -> None:
-        scores = np.full(B, -5.0, np.float32)
         mask = MASK.copy()
         mask[[0, 4]] = False
         batch = experience()
         batch = replace(
             batch,
-            scores=jnp.where(mask.any(1), scores, 0.0),
+            rewards=jnp.where(mask.any(1, keepdims=True), -5.0, 0.0) * np.eye(1, T),
             rollout=replace(batch.rollout, response_mask=jnp.asarray(mask)),
         )
         batch = rejection_sampling.estimate(batch, rejection_sampling.Hyperparameters())
         np.testing.assert_array_equal(batch.rollout.tokens[:, 0], [1, 5, 8])
+
+
+class TestRewardsOfTokens:
+    """What each turn of an episode earned, say, in the place of one score."""
+
+    REWARDS = np.where(MASK, RNG.normal(size=(B, T)), 0.0).astype(np.float32)
+
+    def test_are_credited_to_the_tokens_before_them(self) -> None:
+        batch = replace(experience(), rewards=jnp.asarray(self.REWARDS))
+        hyper = reinforce_plus_plus.Hyperparameters(kl_coef=0.3)
+        returns = np.zeros((B, T))
+        for row, t in tokens():
+            later = slice(t, LENGTHS[row])
+            divergence = np.float64(OLD[row, later]) - REF[row, later]
+            returns[row, t] = (self.REWARDS[row, later] - 0.3 * divergence).sum()
+        real = returns[MASK]
+        expected = np.where(MASK, (returns - real.mean()) / real.std(), 0.0)
+        assert_advantages(reinforce_plus_plus.estimate(batch, hyper), expected)
+
+    def test_count_as_their_sum_where_responses_are_compared(self) -> None:
+        batch = replace(experience(), rewards=jnp.asarray(self.REWARDS))
+        batch = grpo.estimate(batch, grpo.Hyperparameters(std_eps=0.1))
+        assert_advantages(batch, normalised(self.REWARDS.sum(1), 0.1))
 
 
 def assert_advantages(batch: critic_free.Experience, expected: np.ndarray) -> None:
