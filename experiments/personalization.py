@@ -7,11 +7,17 @@ pairs from one's own policy, asking about the 32 that an ensemble finds most inf
 one's own reward and training one's own policy on its lower bound (stage "people"). A user is a
 vector that the reward head reads and a low-rank adapter of the policy; all users are one program.
 
+Tastes cancel where they contradict each other, so that the shared reward moves its policy little.
+A rival is trained at last that moves as far as people's own (stage "pooled"): its reward learns
+from everything that all of them ever said and is made louder, or less so, until the policy is as
+many nats away as that of the middle person; it has as many updates as they.
+
     python experiments/personalization.py --out runs/personalization
 
 The folder then has `summary.json`, `metrics.jsonl`, `samples.md` and `people.png`: what each gains
-over the shared policy by their own taste, and how many comparisons chosen pairs take for the
-accuracy of random ones. A run that was broken off goes on with `--resume`, to the same end.
+over these two policies by their own taste, what people think of each other's, and how many
+comparisons chosen pairs take for the accuracy of random ones. A run that was broken off goes on
+with `--resume`, to the same end.
 """
 
 from __future__ import annotations
@@ -54,8 +60,8 @@ from rlhfjax.losses import reward
 from rlhfjax.models import lora
 from rlhfjax.types import Params, PreferenceBatch, Rollout
 
-PAD, BEGIN, END = 0, 1, 2
-SPECIAL = ("<pad>", "<begin>", "<end>")
+PAD, BEGIN, END, RARE = 0, 1, 2, 3
+SPECIAL = ("<pad>", "<begin>", "<end>", "…")
 ASPECTS = ("polarity", "length", "words", "style")
 WORD = re.compile(r"\w[\w'-]*|[^\w\s]")
 
@@ -75,7 +81,7 @@ class Args:
     people: int = 16
     """How many there are."""
     rounds: int = 5
-    """Rounds of feedback; the first one also teaches the shared reward."""
+    """Rounds of feedback; the first one also teaches what people begin with."""
     comparisons: int = 32
     """Pairs that each is asked about in a round."""
     candidates: int = 128
@@ -91,7 +97,7 @@ class Args:
     texts: int = 4000
     """Texts to generate."""
     vocab: int = 512
-    """Words of the vocabulary, at most."""
+    """Words of the vocabulary, at most; rarer ones are all the same."""
     width: int = 32
     """Size of the hidden states."""
     heads: int = 2
@@ -111,14 +117,11 @@ class Args:
     kl_coef: float = 2.0
     """Weight of the divergence from the language model."""
     judged: int = 1024
-    """Texts of each policy that a person judges in the end, and held-out pairs."""
+    """Texts of each policy that people judge in the end, and pairs of the study of choices."""
     step: int = 8
     """Comparisons between two points of the curves of accuracy."""
-    timed: int = 3
-    """Rounds that are timed for all people and for one; 0 leaves it out."""
-
-
-MAY_CHANGE = ("data", "out", "resume", "timed")
+    timed: int = 8
+    """Rounds that are timed, of all people and of one; 0 leaves it out."""
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -128,12 +131,11 @@ def main(args: Args) -> dict[str, Any]:
     texts = read_labelled(args.data) if args.data else generated(args.texts, args.seed)
     told = hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
     mesh = sharding.mesh()
-    settings = dataclasses.asdict(args)
     with (
         jax.set_mesh(mesh),
         Run(
-            args.out, settings, may_change=MAY_CHANGE, mesh=mesh, resume=args.resume,
-            fingerprint=told,
+            args.out, dataclasses.asdict(args), may_change=("data", "out", "resume", "timed"),
+            mesh=mesh, resume=args.resume, fingerprint=told,
         ) as run,
     ):  # fmt: skip
         return story(args, texts, run, clock)
@@ -141,6 +143,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def check(args: Args) -> None:
     """Refuses what would fail only after minutes."""
+    asked = args.rounds * args.comparisons
     if args.candidates < args.comparisons:
         raise ValueError(
             f"--comparisons {args.comparisons} cannot be chosen from --candidates "
@@ -148,15 +151,13 @@ def check(args: Args) -> None:
         )
     if min(args.rounds, args.people, args.members) < 2:
         raise ValueError("--rounds, --people and --members must be at least 2")
-    if args.judged < args.people or args.directions > args.width:
+    if args.judged < max(args.people, asked) or args.directions > args.width:
         raise ValueError(
-            f"--judged {args.judged} must be at least --people {args.people}, and --directions "
-            f"{args.directions} at most --width {args.width}"
+            f"--judged {args.judged} must be at least --people {args.people} and the {asked} "
+            f"comparisons, and --directions {args.directions} at most --width {args.width}"
         )
-    if args.comparisons * args.rounds % args.step:
-        raise ValueError(
-            f"--step {args.step} does not divide the {args.comparisons * args.rounds} comparisons"
-        )
+    if asked % args.step:
+        raise ValueError(f"--step {args.step} does not divide the {asked} comparisons")
 
 
 # The text.
@@ -164,9 +165,6 @@ def check(args: Args) -> None:
 GOOD = ("lovely", "warm", "fresh", "charming", "calm")
 BAD = ("awful", "cold", "stale", "shabby", "noisy")
 THINGS = ("coffee", "cake", "garden", "staff", "room", "music", "view", "soup")
-VERBS = ("was", "felt")
-DEGREES = ("very", "rather")
-TAILS = ("today", "again")
 
 
 def generated(num_texts: int, seed: int) -> list[LabelledText]:
@@ -178,40 +176,45 @@ def generated(num_texts: int, seed: int) -> list[LabelledText]:
 
     def claim(good: bool) -> list[str]:
         kind = GOOD if good == (rng.random() < 0.85) else BAD
-        return ["the", pick(THINGS), pick(VERBS), pick(DEGREES, 0.4), pick(kind)]
+        return [
+            "the",
+            pick(THINGS),
+            pick(("was", "felt")),
+            pick(("very", "rather"), 0.4),
+            pick(kind),
+        ]
 
     def review(good: bool) -> str:
         words = [pick(("wow ,", "well ,"), 0.35), *claim(good)]
         if rng.random() < 0.5:
             words += [pick(("and", "but")), *claim(good)]
-        words += [pick(TAILS, 0.3), "!" if rng.random() < 0.3 else "."]
+        words += [pick(("today", "again"), 0.3), "!" if rng.random() < 0.3 else "."]
         return " ".join(" ".join(words).split())
 
     return [LabelledText(review(i % 2 == 0), i % 2 == 0) for i in range(num_texts)]
 
 
-def split_words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
-
-
 class Vocabulary:
-    """The most frequent words, and the texts that have no other."""
+    """The most frequent words, and the texts that are short enough."""
 
     def __init__(self, texts: Sequence[LabelledText], args: Args) -> None:
-        counts = Counter(word for text in texts for word in split_words(text.text))
+        split = [(WORD.findall(text.text.lower()), text.label) for text in texts]
+        split = [(words, label) for words, label in split if len(words) < args.tokens]
+        liked = sum(label for _, label in split)
+        if min(liked, len(split) - liked) < 250:
+            raise DataError(
+                f"{len(split)} of {len(texts)} texts have at most {args.tokens - 1} words and "
+                f"marks, {liked} of them liked, and 250 of either kind are needed: raise --tokens, "
+                "or give more texts"
+            )
+        counts = Counter(word for words, _ in split for word in words)
         self.words = [*SPECIAL, *(word for word, _ in counts.most_common(args.vocab))]
         self.ids = {word: i for i, word in enumerate(self.words)}
-        whole = [([self.ids.get(w, PAD) for w in split_words(x.text)], x.label) for x in texts]
-        fit = [(ids, label) for ids, label in whole if PAD not in ids and len(ids) < args.tokens]
-        if len(fit) < 500 or len({label for _, label in fit}) < 2:
-            raise DataError(
-                f"{len(fit)} of {len(texts)} texts have only the {args.vocab} most frequent words "
-                f"and at most {args.tokens - 1} of them: raise --vocab or --tokens, or give more"
-            )
-        self.texts = [[BEGIN, *ids, END] for ids, _ in fit]
+        rows = [[BEGIN, *(self.ids.get(x, RARE) for x in words), END] for words, _ in split]
+        self.texts = right_pad(rows, num_rows=len(rows), length=args.tokens + 1, pad_token=PAD)
         self.counts = np.zeros((2, len(self.words)))
-        for ids, label in fit:
-            np.add.at(self.counts[int(label)], ids, 1)
+        for row, (_, label) in zip(rows, split, strict=True):
+            np.add.at(self.counts[int(label)], row[1:-1], 1)
 
     def decode(self, tokens: Array) -> list[str]:
         return [" ".join(self.words[i] for i in row if i > END) for row in np.asarray(tokens)]
@@ -220,62 +223,79 @@ class Vocabulary:
 # The people.
 
 
-class Tastes(NamedTuple):
-    """What people like: tables of tokens that nothing which learns ever sees.
+def draw_tastes(vocabulary: Vocabulary, args: Args) -> tuple[np.ndarray, list[str]]:
+    """One main aspect and a lesser one each; of every four with a main aspect one dislikes it.
 
-    Attributes:
-      tables: [N, V], what each token of a text is worth to each.
-      told: [N] for the reader.
+    Returns:
+      tables [N, V] of what each token of a text is worth to each, which nothing that learns ever
+      sees; what they are, for the reader.
     """
-
-    tables: np.ndarray
-    told: list[str]
-
-
-def draw_tastes(vocabulary: Vocabulary, args: Args) -> Tastes:
-    """One main aspect and a lesser one each; of every four with a main aspect one dislikes it."""
     rng = np.random.default_rng([args.seed, 1])
-    negative, positive = vocabulary.counts + 1.0
+    words, counts = vocabulary.words, vocabulary.counts
+    negative, positive = counts + 1.0
     odds = np.log(positive / positive.sum()) - np.log(negative / negative.sum())
-    is_word = np.array([bool(re.match(r"\w", word)) for word in vocabulary.words])
+    is_word = np.array([bool(re.match(r"\w", word)) for word in words])
     polarity = np.where(is_word & (np.abs(odds) > 0.5), odds, 0.0)
-    polarity[: len(SPECIAL)] = 0.0
-    style = np.array([float(word in "!?,;:") for word in vocabulary.words])
+    style = np.array([float(word in "!?,;:") for word in words])
     length = is_word.astype(float)
-    total = vocabulary.counts.sum(0)
-    neutral = np.flatnonzero(is_word & (np.abs(odds) < 0.5) & (np.arange(len(total)) > END))
-    content = [i for i in neutral if len(vocabulary.words[i]) > 3]
-    content = sorted(content, key=lambda i: -total[i])[:24]
-    # Worth in units of the standard deviation over texts, so that no aspect is louder than others.
-    bags = np.zeros((len(vocabulary.texts), len(vocabulary.words)))
-    for row, ids in enumerate(vocabulary.texts):
-        np.add.at(bags[row], [i for i in ids if i > END], 1)
+    length[RARE] = 1.0
+    neutral = np.flatnonzero(is_word & (np.abs(odds) < 0.5))
+    content = [i for i in neutral if len(words[i]) > 3]
+    content = sorted(content, key=lambda i: -counts[:, i].sum())[:24]
+    if len(content) < 4:
+        raise DataError(f"{len(content)} words of the texts can be favourites: give other texts")
 
-    def standard(table: np.ndarray) -> np.ndarray:
-        return table / max((bags @ table).std(), 1e-6)
+    def standard(table: np.ndarray, aspect: str = "words") -> np.ndarray:
+        """In standard deviations over texts, so that no aspect is louder than others."""
+        spread = table[vocabulary.texts.tokens].sum(1).std()
+        if spread == 0.0:
+            raise DataError(f"texts do not differ in {aspect}, which some people go by")
+        return table / spread
 
     tables, told = [], []
     for person in range(args.people):
-        favourites = rng.choice(content, size=min(4, len(content)), replace=False)
-        words = np.zeros(len(vocabulary.words))
-        words[favourites] = 1.0
-        aspects = [standard(table) for table in (polarity, length, words, style)]
+        favourites = rng.choice(content, size=4, replace=False)
+        liked = np.isin(np.arange(len(words)), favourites).astype(float)
+        aspects = [*map(standard, (polarity, length, liked, style), ASPECTS)]
         main = person % 4
         lesser = (main + rng.integers(1, 4)) % 4
         weights = {main: -1.0 if person // 4 % 4 == 3 else 1.0, lesser: rng.choice([-0.5, 0.5])}
         tables.append(standard(sum(weight * aspects[i] for i, weight in weights.items())))
-        liked = ", ".join(f"{'+' if x > 0 else '−'}{ASPECTS[i]}" for i, x in weights.items())
-        chosen = " ".join(vocabulary.words[i] for i in favourites)
-        told.append(f"{liked} ({chosen})" if 2 in weights else liked)
-    return Tastes(np.array(tables, np.float32), told)
+        named = ", ".join(f"{'+' if x > 0 else '−'}{ASPECTS[i]}" for i, x in weights.items())
+        chosen = " ".join(words[i] for i in favourites)
+        told.append(f"{named} ({chosen})" if 2 in weights else named)
+    return np.array(tables, np.float32), told
 
 
-def worth(table: Array, samples: Rollout) -> Array:
-    """What a person thinks of texts, [B]."""
-    return masked.sum(table[samples.responses], samples.response_mask, axis=1)
+def worth(tables: Any, samples: Rollout) -> Any:
+    """What people, or one of them, think of texts: [N, V] or [V] → [N, B] or [B]."""
+    return (tables[..., samples.responses] * samples.response_mask).sum(-1)
 
 
-# What is shared, and what is a user's own.
+def pairs_of(samples: Rollout) -> tuple[Rollout, Rollout]:
+    """The first texts of pairs, and the second ones."""
+    first, second = (jax.tree.map(lambda x, i=i: x[i::2], samples) for i in (0, 1))
+    return first, second
+
+
+# What is for all, and what is a user's own.
+
+
+class Shared(NamedTuple):
+    """What is for all.
+
+    Attributes:
+      head: of the reward, with directions; what it says is left to vectors, whose length is the
+        spread of that reward over texts.
+      members: [K, E], the ensemble's vectors.
+      louder: what their mean is multiplied by for the policy.
+      policy: RLOO's state; its parameters are an adapter.
+    """
+
+    head: Params
+    members: Array
+    louder: Array
+    policy: rloo.State
 
 
 class Own(NamedTuple):
@@ -297,19 +317,14 @@ class Own(NamedTuple):
 
 
 class Machine:
-    """The functions of the experiment, pure; sizes and models are bound, arrays are arguments."""
+    """The functions of the experiment; sizes and models are bound, arrays are arguments."""
 
     def __init__(self, vocab_size: int, args: Args) -> None:
         self.args = args
-        self.model = zoo.decoder(
-            zoo.DecoderConfig(
-                vocab_size=vocab_size,
-                context_length=args.tokens + 1,
-                width=args.width,
-                num_layers=1,
-                num_heads=args.heads,
-            )
+        config = zoo.DecoderConfig(
+            vocab_size, args.tokens + 1, num_layers=1, width=args.width, num_heads=args.heads
         )
+        self.model = zoo.decoder(config)
         self.head = zoo.linear_head(args.width, stddev=0.0)
         self.config = rloo.Config(
             num_tokens=args.tokens, pad_token=PAD, end_token=END, group_size=args.group
@@ -318,9 +333,15 @@ class Machine:
         self.optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adam(args.learning_rate, eps=1e-5)
         )
+        self.step_of_shared = sharding.Step(self.improve_shared)
+        self.step_of_people = sharding.Step(self.rounds)
 
     def adapted(self, base: Params) -> Any:
         return lora.on(self.model, base, combine=partial(lora.beside, scale=1.0))
+
+    def adapters(self, base: Params, key: Array) -> Params:
+        """Of a policy that writes as the language model does."""
+        return lora.init(key, base, rank=self.args.rank, pattern="/(qkv|output|up|down)$")
 
     def write(self, base: Params, adapters: Params, key: Array, num: int) -> Rollout:
         prompts = jnp.full((num, 1), BEGIN, jnp.int32)
@@ -329,6 +350,16 @@ class Machine:
             num_tokens=self.args.tokens, pad_token=PAD, end_token=END,
         )  # fmt: skip
 
+    @partial(jax.jit, static_argnums=0)
+    def judged(self, base: Params, adapters: Params, key: Array) -> tuple[Rollout, Array]:
+        """Texts of a policy, and its divergence from the language model in nats."""
+        samples = self.write(base, adapters, key, self.args.judged)
+        reference, _ = response_log_probs(
+            self.model, base, samples.tokens, samples.attention_mask, self.args.tokens
+        )
+        divergence = kl.k1(samples.log_probs, reference)
+        return samples, masked.sum(divergence, samples.response_mask, axis=1).mean()
+
     def states(self, base: Params, tokens: Array, mask: Array) -> Array:
         """What the reward heads read: Σ over a text of the embeddings of its tokens, [B, D]."""
         embedded = base["embedding"]["embedding"][tokens]
@@ -336,7 +367,7 @@ class Machine:
         return masked.sum(embedded, real, axis=1)
 
     def directions(self, states: Array) -> Params:
-        """A head that says nothing yet, with directions in which texts differ by 1."""
+        """A head that says nothing yet, with directions in which texts vary by 1."""
         centred = states - states.mean(0)
         values, vectors = jnp.linalg.eigh(centred.T @ centred / len(states))
         most = slice(-self.args.directions, None)
@@ -344,13 +375,14 @@ class Machine:
         head = self.head.init(jax.random.key(0))
         return head | {"directions": vectors[:, most] / spread}
 
-    def scores(self, shared: Params, vector: Array, states: Array) -> Array:
-        return self.head.apply(people.head_of(shared, vector), states)
+    def scores(self, shared: Params, members: Array, states: Array) -> Array:
+        """Of each member, [K, B]."""
+        heads = jax.vmap(partial(people.head_of, shared))(members)
+        return jax.vmap(self.head.apply, (0, None))(heads, states)
 
     def differences(self, shared: Params, members: Array, first: Array, second: Array) -> Array:
         """By how much each member prefers the first of two texts, [K, B]."""
-        scores = jax.vmap(partial(self.scores, shared), (0, None))
-        return scores(members, first) - scores(members, second)
+        return self.scores(shared, members, first) - self.scores(shared, members, second)
 
     def fit(
         self, shared: Params, members: Array, anchors: Array, better: Array, worse: Array,
@@ -358,17 +390,17 @@ class Machine:
     ) -> Array:  # fmt: skip
         """Each member's vector after these pairs; `better` and `worse` are states [M, D]."""
 
-        def loss(vector: Array, anchor: Array) -> Array:
-            both = (self.scores(shared, vector, x) for x in (better, worse))
-            value, _ = reward.pairwise(*both, mask, reduce=masked.sum)
-            return value + choice.anchored(vector, anchor, precision=1.0)
+        def loss(members: Array) -> Array:
+            chosen, rejected = (self.scores(shared, members, x) for x in (better, worse))
+            real = jnp.broadcast_to(mask, chosen.shape)
+            value, _ = reward.pairwise(chosen, rejected, real, reduce=masked.sum)
+            return value + choice.anchored(members, anchors, precision=1.0)
 
         optimizer = optax.adam(0.1)
-        gradients = jax.vmap(jax.grad(loss))
 
         def update(_: int, carry: Any) -> Any:
             members, opt_state = carry
-            updates, opt_state = optimizer.update(gradients(members, anchors), opt_state)
+            updates, opt_state = optimizer.update(jax.grad(loss)(members), opt_state)
             return optax.apply_updates(members, updates), opt_state
 
         return jax.lax.fori_loop(0, 100, update, (members, optimizer.init(members)))[0]
@@ -380,14 +412,54 @@ class Machine:
         better, worse = self.states(base, *pairs.sequences).reshape(2, -1, self.args.width)
         return self.fit(shared, members, anchors, better, worse, pairs.pairs)
 
-    def prefer(self, key: Array, table: Array, first: Rollout, second: Rollout) -> PreferenceBatch:
-        """What a person says of pairs."""
-        margin = worth(table, first) - worth(table, second)
-        wins = jax.random.bernoulli(key, jax.nn.sigmoid(self.args.certainty * margin))
-        return people.compared(first, second, wins)
+    def prefer(self, key: Array, table: Array, first: Rollout, second: Rollout) -> Array:
+        """Which of the first ones somebody prefers to the second, [B]."""
+        margins = worth(table, first) - worth(table, second)
+        return jax.random.bernoulli(key, jax.nn.sigmoid(self.args.certainty * margins))
+
+    @partial(jax.jit, static_argnums=0)
+    def first_round(self, tables: Array, texts: Rollout, key: Array) -> PreferenceBatch:
+        """What all say of the language model's texts, with room for the rounds to come."""
+        num = self.args.comparisons
+
+        def ask(table: Array, key: Array, number: Array) -> PreferenceBatch:
+            places = (number * num + jnp.arange(num)) % self.args.judged
+            first, second = pairs_of(texts)
+            first, second = (jax.tree.map(lambda x: x[places], x) for x in (first, second))
+            new = people.compared(first, second, self.prefer(key, table, first, second))
+            return people.remember(people.no_pairs(new, num_pairs=num * self.args.rounds), new, 0)
+
+        keys = jax.random.split(key, len(tables))
+        return jax.vmap(ask)(tables, keys, jnp.arange(len(tables)))
+
+    def begin_shared(
+        self, base: Params, texts: Rollout, pairs: PreferenceBatch, key: Array
+    ) -> Shared:
+        """One reward of everything that all said, and a policy that has learnt nothing yet."""
+        anchor_key, adapter_key, policy_key = jax.random.split(key, 3)
+        head = self.directions(self.states(base, texts.tokens, texts.attention_mask))
+        said = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
+        anchors = self.prior(anchor_key)
+        members = self.fit_to(said, base, head, anchors, anchors)
+        policy = rloo.init(self.adapters(base, adapter_key), self.optimizer, policy_key)
+        return Shared(head, members, jnp.float32(1.0), policy)
+
+    def begin_people(self, base: Params, shared: Shared, pairs: PreferenceBatch, key: Array) -> Own:
+        """Everybody begins with the shared policy, and a reward of what they said so far."""
+        anchor_key, key = jax.random.split(key)
+        anchors = shared.members.mean(0) + self.prior(anchor_key)
+        policy = rloo.init(shared.policy.params, self.optimizer, key)
+        nobody = Own(anchors, anchors, policy, people.user(pairs, 0), key)
+        fit = partial(self.fit_to, base=base, shared=shared.head, members=anchors, anchors=anchors)
+        everybody = people.start(nobody, num_users=self.args.people)
+        return everybody._replace(members=jax.vmap(fit)(pairs), pairs=pairs)
+
+    def prior(self, key: Array) -> Array:
+        draw = partial(jax.random.normal, shape=(self.args.directions,))
+        return choice.members(draw, key, num_members=self.args.members)
 
     def improve(
-        self, policy: rloo.State, base: Params, shared: Params, members: Array, length: int
+        self, policy: rloo.State, base: Params, shared: Params, members: Array
     ) -> tuple[rloo.State, dict[str, Array]]:
         """Updates of a policy on the lower bound of its reward's ensemble."""
         model, args = self.adapted(base), self.args
@@ -399,343 +471,261 @@ class Machine:
                 policy, prompts, prompts == BEGIN, self.hyper, model=model, config=self.config
             )
             states = self.states(base, samples.tokens, samples.attention_mask)
-            scores = jax.vmap(partial(self.scores, shared), (0, None))(members, states)
-            scores = choice.lower_bound(scores, coef=args.caution)
+            scores = choice.lower_bound(self.scores(shared, members, states), coef=args.caution)
             return rloo.learn(
                 policy, samples, scores, reference, self.hyper,
                 model=model, optimizer=self.optimizer, config=self.config,
             )  # fmt: skip
 
-        policy, metrics = jax.lax.scan(update, policy, length=length)
+        policy, metrics = jax.lax.scan(update, policy, length=args.iterations)
         return policy, jax.tree.map(lambda x: x[-10:].mean(), metrics)
+
+    def improve_shared(
+        self, state: Shared, base: Params, nats: Array
+    ) -> tuple[Shared, dict[str, Array]]:
+        """The same for all, on a reward so loud that the policy goes so far; 0: as it is."""
+        vector = state.members.mean(0)
+        members = state.members + (state.louder - 1.0) * vector
+        policy, metrics = self.improve(state.policy, base, state.head, members)
+        # The divergence grows with the square of the reward.
+        change = jnp.sqrt(nats / jnp.maximum(metrics["objective/kl"], 1e-6))
+        louder = jnp.where(nats > 0, state.louder * jnp.clip(change, 0.5, 2.0), state.louder)
+        return state._replace(louder=louder, policy=policy), metrics | {"louder": state.louder}
 
     def round(
         self, own: Own, table: Array, base: Params, shared: Params
     ) -> tuple[Own, dict[str, Array]]:
         """Sample pairs, choose some, ask, fit the reward, improve the policy."""
-        args = self.args
-        number = own.pairs.pairs.sum() // args.comparisons
+        num = self.args.comparisons
+        number = own.pairs.pairs.sum() // num
         sample_key, ask_key = jax.random.split(jax.random.fold_in(own.key, number))
-        samples = self.write(base, own.policy.params, sample_key, 2 * args.candidates)
-        first, second = (jax.tree.map(lambda x, i=i: x[i::2], samples) for i in (0, 1))
+        samples = self.write(base, own.policy.params, sample_key, 2 * self.args.candidates)
         states = self.states(base, samples.tokens, samples.attention_mask)
-        differences = self.differences(shared, own.members, states[::2], states[1::2])
-        places, _ = choice.spread(jax.nn.sigmoid(differences), num=args.comparisons)
-        first, second = (jax.tree.map(lambda x: x[places], side) for side in (first, second))
-        new = self.prefer(ask_key, table, first, second)
-        pairs = people.remember(own.pairs, new, number * args.comparisons)
+        differences = self.differences(shared, own.members, *pairs_of(states))
+        places, _ = choice.spread(jax.nn.sigmoid(differences), num=num)
+        first, second = (jax.tree.map(lambda x: x[places], side) for side in pairs_of(samples))
+        new = people.compared(first, second, self.prefer(ask_key, table, first, second))
+        pairs = people.remember(own.pairs, new, number * num)
         members = self.fit_to(pairs, base, shared, own.members, own.anchors)
-        policy, metrics = self.improve(own.policy, base, shared, members, args.iterations)
-        chosen = differences[:, places]
+        policy, metrics = self.improve(own.policy, base, shared, members)
+        information = choice.mutual_information(differences)
         metrics |= {
-            "choice/information": choice.mutual_information(differences).mean(),
-            "choice/information_of_chosen": choice.mutual_information(chosen).mean(),
+            "choice/information": information.mean(),
+            "choice/information_of_chosen": information[places].mean(),
         }
         return Own(members, own.anchors, policy, pairs, own.key), metrics
 
+    def rounds(
+        self, everybody: Own, tables: Array, base: Params, shared: Params
+    ) -> tuple[Own, dict[str, Array]]:
+        """A round of everybody."""
+        wanted = jnp.ones(len(tables), bool)
+        everybody, metrics = people.together(self.round)(everybody, wanted, tables, base, shared)
+        middle = jnp.median(metrics["objective/kl"])
+        return everybody, jax.tree.map(jnp.mean, metrics) | {"objective/kl_of_middle": middle}
 
-class Shared(NamedTuple):
-    """What everybody begins with.
+    @partial(jax.jit, static_argnums=0)
+    def study(
+        self, base: Params, shared: Shared, tables: Array, pool: Rollout, held_out: Rollout,
+        key: Array,
+    ) -> Array:  # fmt: skip
+        """Accuracy on held-out pairs after every few comparisons, [people, 2, points].
 
-    Attributes:
-      head: of the reward, with directions; learnt from what all said in the first round.
-      policy: RLOO's state on that reward.
-      pairs: [N, M, …] what each said.
-    """
-
-    head: Params
-    policy: rloo.State
-    pairs: PreferenceBatch
-
-
-def begin_shared(base: Params, tables: Array, key: Array, *, machine: Machine) -> Shared:
-    """Everybody compares texts of the language model; one reward learns from all of them."""
-    args = machine.args
-    key, adapter_key, policy_key = jax.random.split(key, 3)
-    adapters = lora.init(adapter_key, base, rank=args.rank, pattern="/(qkv|output|up|down)$")
-
-    def ask(table: Array, key: Array) -> PreferenceBatch:
-        sample_key, ask_key = jax.random.split(key)
-        samples = machine.write(base, adapters, sample_key, 2 * args.comparisons)
-        first, second = (jax.tree.map(lambda x, i=i: x[i::2], samples) for i in (0, 1))
-        new = machine.prefer(ask_key, table, first, second)
-        room = people.no_pairs(new, num_pairs=args.rounds * args.comparisons)
-        return people.remember(room, new, 0)
-
-    pairs = jax.vmap(ask)(tables, jax.random.split(key, len(tables)))
-    # Of the rounds to come there is nothing yet.
-    said = jax.tree.map(lambda x: x[:, : args.comparisons].reshape(-1, *x.shape[2:]), pairs)
-    head = machine.directions(machine.states(base, *said.sequences))
-    nothing = jnp.zeros((1, args.directions))
-    vector = machine.fit_to(said, base, head, nothing, nothing)[0]
-    head |= people.head_of(head, vector)
-    return Shared(head, rloo.init(adapters, machine.optimizer, policy_key), pairs)
-
-
-def begin_people(shared: Shared, base: Params, key: Array, *, machine: Machine) -> Own:
-    """Everybody begins with the shared policy, and a reward of what they said so far."""
-    args = machine.args
-    member_key, key = jax.random.split(key)
-    prior = partial(jax.random.normal, shape=(args.directions,))
-    anchors = choice.members(prior, member_key, num_members=args.members)
-    policy = rloo.init(shared.policy.params, machine.optimizer, key)
-    nobody = Own(anchors, anchors, policy, people.user(shared.pairs, 0), key)
-    everybody = people.start(nobody, num_users=len(shared.pairs.prompts))
-
-    def fit(pairs: PreferenceBatch) -> Array:
-        return machine.fit_to(pairs, base, shared.head, anchors, anchors)
-
-    members = jax.vmap(fit)(shared.pairs)
-    return everybody._replace(members=members, pairs=shared.pairs)
-
-
-def active_and_random(
-    base: Params, head: Params, tables: Array, key: Array, *, machine: Machine
-) -> Array:
-    """Accuracy on held-out pairs after every few comparisons, [people, 2, points]."""
-    args = machine.args
-    adapter_key, write_key, key = jax.random.split(key, 3)
-    nothing = lora.init(adapter_key, base, rank=args.rank, pattern="/qkv$")
-    # The texts of pairs that may be asked about, and those of held-out ones.
-    size = 16 * args.candidates
-    samples = machine.write(base, nothing, write_key, size + 2 * args.judged)
-    states = machine.states(base, samples.tokens, samples.attention_mask)
-    pool, test = states[:size], states[size:]
-    num_points = args.rounds * args.comparisons // args.step
-    prior = partial(jax.random.normal, shape=(args.directions,))
-
-    def of_person(table: Array, key: Array) -> Array:
-        answer_key, member_key, choice_key = jax.random.split(key, 3)
-        worths = worth(table, samples)
-        margins, held_out = (
-            worths[:size:2] - worths[1:size:2],
-            worths[size::2] - worths[size + 1 :: 2],
+        Somebody's reward learns from pairs of the pool, chosen ones in the first arm and random
+        ones in the second.
+        """
+        step, num = self.args.step, self.args.rounds * self.args.comparisons
+        (first, second), (one, other) = (
+            pairs_of(self.states(base, x.tokens, x.attention_mask)) for x in (pool, held_out)
         )
-        wins = jax.random.bernoulli(answer_key, jax.nn.sigmoid(args.certainty * margins))[:, None]
-        first, second = pool[::2], pool[1::2]
-        better, worse = jnp.where(wins, first, second), jnp.where(wins, second, first)
-        anchors = choice.members(prior, member_key, num_members=args.members)
 
-        def point(carry: Any, key: Array, actively: Array) -> tuple[Any, Array]:
-            members, asked = carry
-            d = machine.differences(head, members, first, second)
-            chosen, _ = choice.spread(jax.nn.sigmoid(d), ~asked, num=args.step)
-            drawn, _ = choice.most(jax.random.uniform(key, asked.shape), ~asked, num=args.step)
-            places = jnp.where(actively, chosen, drawn)
-            asked = asked.at[places].set(True)
-            # So many rows hold all that will ever be asked.
-            rows = jnp.argsort(~asked)[: num_points * args.step]
-            members = machine.fit(head, members, anchors, better[rows], worse[rows], asked[rows])
-            told = machine.differences(head, members, test[::2], test[1::2]).mean(0)
-            differ = jnp.abs(held_out) > 1e-4
-            accuracy = masked.mean((told > 0) == (held_out > 0), differ)
-            return (members, asked), accuracy
+        def of_person(table: Array, key: Array) -> Array:
+            answer_key, member_key, choice_key = jax.random.split(key, 3)
+            wins = self.prefer(answer_key, table, *pairs_of(pool))[:, None]
+            better, worse = jnp.where(wins, first, second), jnp.where(wins, second, first)
+            truth = jnp.subtract(*pairs_of(worth(table, held_out)))
+            anchors = shared.members.mean(0) + self.prior(member_key)
 
-        def of_arm(actively: Array) -> Array:
-            start = anchors, jnp.zeros(len(first), bool)
-            return jax.lax.scan(
-                lambda carry, key: point(carry, key, actively),
-                start,
-                jax.random.split(choice_key, num_points),
-            )[1]
+            def point(carry: Any, key: Array, actively: Array) -> tuple[Any, Array]:
+                members, asked = carry
+                d = self.differences(shared.head, members, first, second)
+                chosen, _ = choice.spread(jax.nn.sigmoid(d), ~asked, num=step)
+                drawn, _ = choice.most(jax.random.uniform(key, asked.shape), ~asked, num=step)
+                asked = asked.at[jnp.where(actively, chosen, drawn)].set(True)
+                # So many rows hold all that will ever be asked.
+                rows = jnp.argsort(~asked)[:num]
+                members = self.fit(
+                    shared.head, members, anchors, better[rows], worse[rows], asked[rows]
+                )
+                told = self.differences(shared.head, members, one, other).mean(0)
+                accuracy = masked.mean((told > 0) == (truth > 0), jnp.abs(truth) > 1e-4)
+                return (members, asked), accuracy
 
-        return jax.vmap(of_arm)(jnp.array([True, False]))
+            def of_arm(actively: Array) -> Array:
+                start = anchors, jnp.zeros(len(first), bool)
+                keys = jax.random.split(choice_key, num // step)
+                return jax.lax.scan(partial(point, actively=actively), start, keys)[1]
 
-    return jax.vmap(of_person)(tables, jax.random.split(key, len(tables)))
+            return jax.vmap(of_arm)(jnp.array([True, False]))
+
+        return jax.vmap(of_person)(tables, jax.random.split(key, len(tables)))
 
 
 def train_sft(args: Args, machine: Machine, vocabulary: Vocabulary, key: Array, run: Run) -> Params:
     """Maximum likelihood of the texts."""
-    batch = right_pad(
-        vocabulary.texts, num_rows=len(vocabulary.texts), length=args.tokens + 1, pad_token=PAD
-    )
-    size = 64
-    in_epoch = len(vocabulary.texts) // size
+    texts, size = vocabulary.texts, 64
+    in_epoch = len(texts.tokens) // size
     num_updates = args.epochs * in_epoch
     schedule = optax.cosine_decay_schedule(5e-3, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     update = sft.make_step(machine.model, optimizer)
 
     def epoch(number: int, start: int) -> Iterator[Padded]:
-        order = np.random.default_rng([args.seed, 2, number]).permutation(len(batch.tokens))
+        order = np.random.default_rng([args.seed, 2, number]).permutation(len(texts.tokens))
         for i in range(start, in_epoch):
             rows = order[i * size : (i + 1) * size]
-            yield Padded(batch.tokens[rows], batch.mask[rows])
+            yield Padded(texts.tokens[rows], texts.mask[rows])
 
     def step(state: sft.TrainState, rows: Padded) -> tuple[sft.TrainState, Any]:
         tokens, mask = sharding.rows(rows, run.mesh)
         return update(state, tokens, mask, mask)
 
-    trained = run.train(
-        "sft",
-        lambda key: sft.init(machine.model.init(key), optimizer),
-        key,
-        step=step,
-        batches=partial(batches_from, epoch=epoch),
-        num_steps=num_updates,
-        save_every=1000,
-        show={"loss": "loss"},
-    )
-    return trained.state.params
-
-
-def numbered(_: int, start: int) -> Iterator[int]:
-    """Rounds have no data but what people say."""
-    yield from range(start, 1_000_000)
+    return run.train(
+        "sft", lambda key: sft.init(machine.model.init(key), optimizer), key,
+        step=step, batches=partial(batches_from, epoch=epoch), num_steps=num_updates,
+        save_every=1000, show={"loss": "loss"},
+    ).state.params  # fmt: skip
 
 
 def story(args: Args, texts: list[LabelledText], run: Run, clock: Clock) -> dict[str, Any]:
     """From texts to a policy for everybody."""
-    keys = [sharding.put(key, run.mesh) for key in jax.random.split(jax.random.key(args.seed), 6)]
+    keys = [sharding.put(key, run.mesh) for key in jax.random.split(jax.random.key(args.seed), 8)]
     vocabulary = Vocabulary(texts, args)
-    tastes = draw_tastes(vocabulary, args)
+    tables, told = draw_tastes(vocabulary, args)
     machine = Machine(len(vocabulary.words), args)
+    rounds = {
+        "batches": partial(batches_from, epoch=lambda _, start: [None][start:]),
+        "save_every": 1,
+        "show": {"score": "objective/scores", "kl": "objective/kl"},
+    }
     with clock("sft"):
         base = train_sft(args, machine, vocabulary, keys[0], run)
 
     # 1. In units of the language model's own texts, a person's taste has variance 1.
+    shapes = jax.eval_shape(machine.adapters, base, keys[0])
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    each_key = jax.random.split(keys[1], 6)
+    first = [jax.device_get(machine.judged(base, nothing, key)[0]) for key in each_key]
+    first = jax.tree.map(lambda *x: np.concatenate(x), *first)
+    tables /= np.maximum(worth(tables, first).std(1, keepdims=True), 1e-6)
+    tables_there = sharding.put(tables, run.mesh)
+    begun, pool, held = (jax.tree.map(lambda x, i=i: np.split(x, 3)[i], first) for i in range(3))
+
+    # 2. What most like.
+    def for_all(stage: str, pairs: Any, key: Array, nats: float, num_steps: int) -> Shared:
+        return run.train(
+            stage, machine.begin_shared, base, first, pairs, key,
+            step=lambda state, _: machine.step_of_shared(state, base, nats),
+            num_steps=num_steps, **rounds,
+        ).state  # fmt: skip
+
     with clock("shared"):
-        tables = jax.jit(partial(in_units, machine=machine))(base, tastes.tables, keys[1])
-        tables = sharding.put(np.asarray(tables), run.mesh)
-
-        # 2. What most like.
-        @sharding.Step
-        def improve(state: Shared, base: Params) -> tuple[Shared, dict[str, Array]]:
-            vectors = jnp.zeros((1, args.directions))
-            policy, metrics = machine.improve(
-                state.policy, base, state.head, vectors, args.iterations
-            )
-            return state._replace(policy=policy), metrics
-
-        trained = run.train(
-            "shared",
-            partial(begin_shared, machine=machine),
-            base, tables, keys[2],
-            step=lambda state, _: improve(state, base),
-            batches=partial(batches_from, epoch=numbered),
-            num_steps=args.rounds,
-            save_every=1,
-            show={"score": "objective/scores", "kl": "objective/kl"},
-        )  # fmt: skip
-        shared = trained.state
+        pairs = machine.first_round(tables_there, begun, keys[2])
+        shared = for_all("shared", pairs, keys[3], 0.0, args.rounds)
 
     # 3. What each likes: the state of all is one tree, and one checkpoint.
-    @sharding.Step
-    def learn(everybody: Own, tables: Array, base: Params, head: Params) -> Any:
-        wanted = jnp.ones(len(tables), bool)
-        everybody, metrics = people.together(machine.round)(everybody, wanted, tables, base, head)
-        return everybody, jax.tree.map(jnp.mean, metrics)
-
     with clock("people"):
         trained = run.train(
-            "people",
-            partial(begin_people, machine=machine),
-            shared, base, keys[3],
-            step=lambda state, _: learn(state, tables, base, shared.head),
-            batches=partial(batches_from, epoch=numbered),
-            num_steps=args.rounds - 1,
-            save_every=1,
-            show={"score": "objective/scores", "kl": "objective/kl"},
+            "people", machine.begin_people, base, shared, pairs, keys[4],
+            step=lambda state, _: machine.step_of_people(state, tables_there, base, shared.head),
+            num_steps=args.rounds - 1, **rounds,
         )  # fmt: skip
     everybody = trained.state
 
+    # 4. What most like again, of all that was said, with as many updates and nats as each had.
+    with clock("pooled"):
+        nats, updates = trained.rows[-1]["objective/kl_of_middle"], 2 * args.rounds - 1
+        pooled = for_all("pooled", everybody.pairs, keys[5], nats, updates)
+
     with clock("judging"):
-        judged = jax.jit(partial(judge, machine=machine))(
-            base, shared, everybody.policy.params, tables, keys[4]
-        )
-        study = partial(active_and_random, machine=machine)
-        accuracy = np.asarray(jax.jit(study)(base, shared.head, tables, keys[5]), np.float64)
-    result, samples = jax.device_get(judged)
-    gain = result["own"].mean(1) - result["shared"].mean(1)
-    error = np.sqrt((result["own"].var(1) + result["shared"].var(1)) / args.judged)
-    asked = args.step * np.arange(1, accuracy.shape[2] + 1)
-    curves = dict(zip(("active", "random"), accuracy.mean(0), strict=True))
+        each = np.arange(args.people)
+        *common, own = jax.device_get([x.policy.params for x in (shared, pooled, everybody)])
+        policies = [nothing, *common, *(jax.tree.map(lambda x, i=i: x[i], own) for i in each)]
+        judged = []
+        for policy, key in zip(policies, jax.random.split(keys[6], len(policies)), strict=True):
+            samples, nats = jax.device_get(machine.judged(base, policy, key))
+            judged.append((samples.responses[: args.people], worth(tables, samples), nats))
+        responses, worths, nats = (np.array(x) for x in zip(*judged, strict=True))
+        worths = worths.astype(np.float64) - worths[0].mean(1)[:, None]
+    with clock("study"):
+        accuracy = machine.study(base, shared, tables_there, pool, held, keys[7])
+        active, random = np.asarray(accuracy, np.float64).mean(0)
+    asked = args.step * np.arange(1, len(random) + 1)
     summary: dict[str, Any] = {
-        "people/better_off": int((gain > 0).sum()),
-        "people/better_off_by_two_errors": int((gain > 2 * error).sum()),
-        "people/mean_gain": float(gain.mean()),
-        "people": [
-            {
-                "taste": told,
-                "shared": float(result["shared"][i].mean()),
-                "own": float(result["own"][i].mean()),
-                "gain": float(gain[i]),
-                "gain_error": float(error[i]),
-                "kl": float(result["kl"][i]),
-            }
-            for i, told in enumerate(tastes.told)
-        ],
-        "shared/kl": float(result["shared_kl"]),
+        **figures(worths, nats.astype(np.float64), told),
         "choice/comparisons": asked.tolist(),
-        **{f"choice/accuracy_{name}": x.tolist() for name, x in curves.items()},
-        "choice/share_of_comparisons": share_of_comparisons(asked, **curves),
+        "choice/accuracy_active": active.tolist(),
+        "choice/accuracy_random": random.tolist(),
+        "choice/share_of_comparisons": share_of_comparisons(asked, active, random),
         "compilations_after_first_round": trained.recompilations,
-        "data/texts": len(vocabulary.texts),
-        "data/words": len(vocabulary.words),
+        "data/texts": len(vocabulary.texts.tokens),
+        "data/words": len(vocabulary.words) - len(SPECIAL),
+        "data/rare": vocabulary.counts[:, RARE].sum() / vocabulary.counts.sum(),
     }
     if args.timed:
         with clock("timing"):
-            summary |= timing(learn, everybody, tables, base, shared.head, args.timed)
+            summary |= timing(machine, everybody, tables, (base, shared.head), args.timed)
     summary |= {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
     summary |= {"seconds/total": clock.total(), "device": jax.devices()[0].device_kind}
     picture(summary, run.out / "people.png")
     # Of person i the text i: the shared policy's are the same for all.
-    each = np.arange(args.people)
-    before, after = (vocabulary.decode(x) for x in (samples[0][each], samples[1][each, each]))
-    worths = {name: result[name][each, each] for name in ("shared", "own")}
+    before, after = worths[1][each, each], worths[3:][each, each, each]
     write_samples(
         run.out / "samples.md",
-        [f"{i + 1}: {told}" for i, told in enumerate(tastes.told)],
-        before,
-        after,
-        scores_before=worths["shared"],
-        scores_after=worths["own"],
-        gold_before=worths["shared"] > 0,
-        gold_after=worths["own"] > 0,
+        [f"{i + 1}: {taste}" for i, taste in enumerate(told)],
+        vocabulary.decode(responses[1]),
+        vocabulary.decode(responses[3:][each, each]),
+        scores_before=before,
+        scores_after=after,
+        gold_before=before > 0,
+        gold_after=after > 0,
     )
     run.write("summary.json", summary)
     return summary
 
 
-def in_units(base: Params, tables: Array, key: Array, *, machine: Machine) -> Array:
-    """Tables [N, V] by which the language model's texts have a worth of variance 1."""
-    nothing = lora.init(key, base, rank=1, pattern="/qkv$")
-    samples = machine.write(base, nothing, key, 2048)
-    worths = jax.vmap(worth, (0, None))(tables, samples)
-    return tables / jnp.maximum(worths.std(1), 1e-6)[:, None]
+def figures(worths: np.ndarray, nats: np.ndarray, told: list[str]) -> dict[str, Any]:
+    """What people think of policies.
 
-
-def judge(
-    base: Params, shared: Shared, adapters: Params, tables: Array, key: Array, *, machine: Machine
-) -> tuple[dict[str, Array], tuple[Array, Array]]:
-    """What each thinks of the shared policy's texts and of their own policy's, and KLs."""
-    num = machine.args.judged
-
-    def write_and_compare(adapters: Params, key: Array) -> tuple[Rollout, Array]:
-        samples = machine.write(base, adapters, key, num)
-        reference, _ = response_log_probs(
-            machine.model, base, samples.tokens, samples.attention_mask, machine.args.tokens
-        )
-        mask = samples.response_mask
-        return samples, masked.sum(kl.k1(samples.log_probs, reference), mask, axis=1).mean()
-
-    # One after the other: so many texts of all would not stay in the cache.
-    first = shared.policy.params
-    written = jax.tree.map(
-        lambda x, own: jnp.concatenate([jnp.zeros_like(x)[None], x[None], own]), first, adapters
-    )
-    keys = jax.random.split(key, len(tables) + 2)
-    samples, kls = jax.lax.map(lambda x: write_and_compare(*x), (written, keys))
-    zero, common = (people.user(samples, place) for place in (0, 1))
-    own = people.user(samples, slice(2, None))
-    centre = jax.vmap(worth, (0, None))(tables, zero).mean(1, keepdims=True)
-    numbers = {
-        "shared": jax.vmap(worth, (0, None))(tables, common) - centre,
-        "own": jax.vmap(worth)(tables, own) - centre,
-        "kl": kls[2:],
-        "shared_kl": kls[1],
+    Args:
+      worths: [3 + N, N, texts] of texts to people: the language model's, those of the two policies
+        for all, and those of everybody's own.
+      nats: [3 + N], divergences of these policies.
+      told: [N], the tastes.
+    """
+    common, cross = np.split(worths.mean(2)[1:], [2])
+    own, variance = cross.diagonal(), worths.var(2) / worths.shape[2]
+    ranks = 1 + (cross > own).sum(0)
+    columns = {"taste": told, "own": own, "kl": nats[3:], "rank_of_own": ranks.tolist()}
+    found: dict[str, Any] = {}
+    for place, (name, rival) in enumerate(zip(("shared", "pooled"), common, strict=True), 1):
+        gain, error = own - rival, np.sqrt(variance[3:].diagonal() + variance[place])
+        columns |= {name: rival, f"gain_over_{name}": gain, f"error_of_gain_over_{name}": error}
+        found |= {
+            f"people/better_off_than_{name}": int((gain > 0).sum()),
+            f"people/better_off_than_{name}_by_two_errors": int((gain > 2 * error).sum()),
+            f"people/mean_gain_over_{name}": gain.mean(),
+            f"{name}/kl": nats[place],
+        }
+    rows = zip(*columns.values(), strict=True)
+    return found | {
+        "people/mean_kl": nats[3:].mean(),
+        "people/median_kl": float(np.median(nats[3:])),
+        "people/own_is_best": int((ranks == 1).sum()),
+        "people/mean_rank_of_own": ranks.mean(),
+        "people": [dict(zip(columns, row, strict=True)) for row in rows],
+        "policies_by_tastes": cross.tolist(),
     }
-    return numbers, (common.responses, own.responses)
 
 
 def share_of_comparisons(asked: np.ndarray, active: np.ndarray, random: np.ndarray) -> float | None:
@@ -754,65 +744,72 @@ def share_of_comparisons(asked: np.ndarray, active: np.ndarray, random: np.ndarr
 
 
 def timing(
-    learn: Any, everybody: Own, tables: Array, base: Params, head: Params, rounds: int
+    machine: Machine, everybody: Own, tables: np.ndarray, common: tuple[Params, Params], rounds: int
 ) -> dict[str, float]:
-    """Seconds of a round of all and of one, taken in turns, the fastest of each."""
+    """Seconds of a round of all, and of one on all devices and on one: the fastest, in turns."""
     one = jax.tree.map(lambda x: x[:1], (everybody, tables))
-    states = {"all": (everybody, tables), "one": one}
-    taken = dict.fromkeys(states, float("inf"))
-    for number in range(rounds + 1):  # the first one compiles
-        for name, (state, own) in states.items():
-            fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
-            start = time.perf_counter()
-            jax.block_until_ready(learn(fresh, own, base, head))
-            if number:
-                taken[name] = min(taken[name], time.perf_counter() - start)
-    return {
-        "seconds/round_of_all": taken["all"],
-        "seconds/round_of_one": taken["one"],
-        "seconds/ratio": taken["all"] / taken["one"],
+    cases = {
+        "all": (sharding.mesh(), (everybody, tables)),
+        "one": (sharding.mesh(), one),
+        "one_on_one_device": (sharding.mesh(devices=jax.devices()[:1]), one),
     }
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):  # the first one compiles
+        for name, (mesh, case) in cases.items():
+            with jax.set_mesh(mesh):
+                state, *rest = jax.block_until_ready(sharding.put((*case, *common), mesh))
+                start = time.perf_counter()
+                jax.block_until_ready(machine.step_of_people(state, *rest))
+                taken[name].append(time.perf_counter() - start)
+    fastest = {name: min(seconds[1:]) for name, seconds in taken.items()}
+    ratio = fastest["all"] / min(fastest["one"], fastest["one_on_one_device"])
+    return {f"seconds/round_of_{name}": x for name, x in fastest.items()} | {"seconds/ratio": ratio}
 
 
 def picture(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy over comparisons, and what each gains."""
+    """Accuracy over comparisons, what each gains, and what people think of each other's texts."""
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(11.5, 3.8), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.1))
+        titles = ("Choosing what to ask", "What each gains", "Whose texts who likes")
+        for axes, title in zip((left, middle, right), titles, strict=True):
+            axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
         for name, colour in (("active", plots.BLUE), ("random", plots.ORANGE)):
-            x, y = summary["choice/comparisons"], summary[f"choice/accuracy_{name}"]
-            left.plot(x, y, color=colour, label=f"{name} pairs")
+            accuracy = summary[f"choice/accuracy_{name}"]
+            left.plot(summary["choice/comparisons"], accuracy, color=colour, label=f"{name} pairs")
         best = max(summary["choice/accuracy_random"])
         left.axhline(best, color=plots.FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         left.set_xlabel("comparisons of each person")
         left.set_ylabel("accuracy on held-out pairs")
-        left.set_title("Choosing what to ask", loc="left", fontsize=9.5, fontweight="bold")
         left.legend(frameon=False, loc="lower right")
         persons = summary["people"]
         places = np.arange(1, len(persons) + 1)
-        for i, person in zip(places, persons, strict=True):
-            right.plot([i, i], [person["shared"], person["own"]], color=plots.FAINT, linewidth=1)
-        shown = (("shared", "shared policy", plots.ORANGE), ("own", "own policy", plots.BLUE))
-        for name, label, colour in shown:
-            worths = [person[name] for person in persons]
-            errors = [2 * person["gain_error"] for person in persons]
-            right.errorbar(
-                places, worths, errors if name == "own" else None, fmt="o", markersize=4,
-                color=colour, elinewidth=1, label=label,
-            )  # fmt: skip
-        right.axhline(0, color=plots.FAINT, linewidth=0.8, zorder=0)
-        right.set_xticks(places)
-        right.set_xlabel("person")
-        right.set_ylabel("worth to them, sd of the first texts")
-        right.set_title("What each gains", loc="left", fontsize=9.5, fontweight="bold")
-        right.legend(
-            frameon=False,
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            ncols=2,
-            borderpad=0,
-            fontsize=8,
+        shown = (
+            ("own", "own policy", plots.BLUE, "o"),
+            ("shared", "where all began", plots.ORANGE, "o"),
+            ("pooled", "pooled", plots.GREEN, "D"),
         )
+        columns = {name: np.array([x[name] for x in persons]) for name, *_ in shown}
+        ends = (f(list(columns.values()), axis=0) for f in (np.min, np.max))
+        middle.vlines(places, *ends, color=plots.FAINT, linewidth=1, zorder=0)
+        for name, label, colour, marker in shown:
+            middle.plot(places, columns[name], marker, markersize=4, color=colour, label=label)
+        middle.axhline(0, color=plots.FAINT, linewidth=0.8, zorder=0)
+        middle.set_xticks(places)
+        middle.set_xlabel("person")
+        middle.set_ylabel("worth to them, sd of the first texts")
+        middle.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1, fontsize=8)
+        middle.margins(y=0.15)
+        # Columns are people, rows the policies of people; those of one main aspect side by side.
+        order = np.argsort((places - 1) % len(ASPECTS), kind="stable")
+        table = np.array(summary["policies_by_tastes"])[np.ix_(order, order)]
+        most = np.abs(table).max()
+        drawn = right.imshow(table, cmap="PuOr", vmin=-most, vmax=most)
+        right.set_xticks(range(len(order)), places[order], fontsize=6)
+        right.set_yticks(range(len(order)), places[order], fontsize=6)
+        right.set_xlabel("to person")
+        right.set_ylabel("policy of person")
+        figure.colorbar(drawn, ax=right, label="worth")
         figure.savefig(path, dpi=200)
 
 
