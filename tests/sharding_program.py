@@ -3,8 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu PYTHONPATH=.:tests \\
         python tests/sharding_program.py [--everything]
 
-Each algorithm runs without a mesh and on meshes, from the same key. `--everything` runs all of
-them on all meshes, which takes some ten minutes.
+Each algorithm runs without a mesh and on meshes, from the same key; so does what acts and what
+gives feedback. `--everything` runs all of them on all meshes, which takes some ten minutes.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from small_models import bigram, left_padded
+from small_models import bigram, left_padded, recurrent, scattered
 
-from rlhfjax import models, sampling, sharding
+from rlhfjax import models, rollout, sampling, sharding
 from rlhfjax.algorithms import (
     cispo,
     cpo,
@@ -46,7 +47,8 @@ from rlhfjax.algorithms import (
     sft,
     simpo,
 )
-from rlhfjax.types import PreferenceBatch, Rollout
+from rlhfjax.feedback import judgement, people, stages, templates
+from rlhfjax.types import LanguageModel, PreferenceBatch, Rollout
 
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2), "1x1x8": (1, 1, 8)}
 ITERATIONS = 5
@@ -84,6 +86,11 @@ def reward(weight: jax.Array, samples: Rollout) -> jax.Array:
 def often_ends(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """On some devices all rows end long before those of others."""
     return sampling.categorical(logits.at[:, END].add(2.0), uniform)
+
+
+def near(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Likely tokens near u·V: hangs on the key too, and is compiled in less time."""
+    return jnp.argmax(logits - jnp.abs(jnp.arange(V) - V * uniform[:, None]), axis=-1)
 
 
 def shown(learn: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,7 +284,7 @@ def collectives_in(program: str, name: str) -> int | None:
 def farthest(left: Any, right: Any) -> float:
     """The largest |a - b| / (1 + |b|) of two trees of numbers."""
     apart = jax.tree.map(lambda a, b: np.max(np.abs(a - b) / (1 + np.abs(b))), left, right)
-    return float(max(jax.tree.leaves(apart)))
+    return float(np.max(jax.tree.leaves(apart)))  # NaN if any is
 
 
 def compare(case: Case, meshes: list[str]) -> dict[str, Any]:
@@ -293,6 +300,132 @@ def compare(case: Case, meshes: list[str]) -> dict[str, Any]:
             "tokens": bool(np.array_equal(spread.tokens, alone.tokens)),
             "flops": spread.facts["flops"] / alone.facts["flops"],
         }
+    return found
+
+
+class Call(NamedTuple):
+    """What acts or gives feedback, `(whole, *rows) -> result`, and its arguments."""
+
+    function: Callable[..., Any]
+    whole: Any
+    rows: tuple[Any, ...]
+
+
+def acting(model: LanguageModel) -> Call:
+    """Episodes of one to three turns: a device may be done long before its neighbour."""
+
+    def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        number = (jax.random.key_data(key)[1] % 20).astype(jnp.int32)
+        return number, jnp.where(jnp.arange(P) <= number % P, 3 + number, -1)
+
+    def step(total: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+        total = total + jnp.maximum(tokens, 0).sum()
+        said = jnp.array([3, -1]) + total % 4
+        return total, said, (total % 5).astype(jnp.float32), total % 3 == 0
+
+    def act(whole: Any, reset_keys: jax.Array) -> rollout.Episodes:
+        return rollout.act(
+            model, whole["params"], rollout.Environment(reset, step), reset_keys, whole["key"],
+            num_turns=3, num_tokens=2, pad_token=PAD, end_token=END, sampler=near,
+        )  # fmt: skip
+
+    keys = jax.random.split(jax.random.key(2), B)
+    return Call(act, {"params": scattered(model, seed=1), "key": jax.random.key(3)}, (keys,))
+
+
+def template(*parts: list[int] | str) -> templates.Template:
+    """Tokens and, between them, the names of blanks."""
+    tokens = tuple(np.array(part, np.int32) for part in parts[::2])
+    masks = tuple(np.ones(x.shape, bool) for x in tokens)
+    return templates.Template(tokens, masks, parts[1::2])
+
+
+def comparing(model: LanguageModel) -> Call:
+    """Each pair by one of two principles, whose answers have one token and two."""
+    mask = np.array([[True, False], [True, True]])
+    texts = template([7], "first", [8, 9], "second", [3]), template([], "first", [5], "second", [4])
+    answers = np.array([[3, 0], [4, 5]]), np.array([[9, 0], [2, 2]])
+    questions = [templates.Question(*asked, mask) for asked in zip(texts, answers, strict=True)]
+
+    def compare(params: Any, index: jax.Array, first: Any, second: Any) -> Any:
+        asked = templates.select_question(questions, index)
+        return judgement.compare(model, params, asked, first, second)
+
+    index = np.arange(B, dtype=np.int32) % 2
+    first, second = (PAIRS.chosen, PAIRS.chosen_mask), (PAIRS.rejected, PAIRS.rejected_mask)
+    return Call(compare, scattered(model, seed=1), (index, first, second))
+
+
+def learning(model: LanguageModel) -> Call:
+    """Eight users with an adapter and a head each; some have said nothing and stay as they are."""
+    base = scattered(model, seed=1)
+    head, optimizer = models.linear_head(V, stddev=1.0), optax.sgd(0.1)
+
+    def start(key: jax.Array) -> Any:
+        adapters = models.lora.init(key, base, rank=2, pattern="table|qkv")
+        shared = reward_model.init({"backbone": adapters, "head": head.init(key)}, optimizer)
+        return people.start(shared, num_users=8)
+
+    def step(state: Any, batch: PreferenceBatch, base: Any) -> Any:
+        combine = partial(models.lora.merge, scale=1.0)
+        scorer = models.scalar_model(models.lora.on(model, base, combine=combine), head)
+        return reward_model.make_step(scorer, optimizer)(state, batch)
+
+    def learn(base: Any, states: Any, own: PreferenceBatch) -> Any:
+        return people.together(step)(states, own.pairs.any(1), own, base)[0].params
+
+    rng = np.random.default_rng(1)
+    states = jax.tree.map(
+        lambda x: np.abs(rng.normal(0.0, 0.3, x.shape)).astype(x.dtype),
+        jax.eval_shape(start, jax.random.key(0)),
+    )
+    own = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), PAIRS)
+    return Call(learn, base, (states, own))
+
+
+def revising(model: LanguageModel) -> Call:
+    critique = template([7], "response", [])
+    revision = template([9], "response", [8], "critique", [])
+
+    def revise(params: Any, response: Any) -> stages.Revisions:
+        return stages.revise(
+            model, params, critique, revision, {"response": response}, jax.random.key(0),
+            num_tokens=3, pad_token=PAD, end_token=END, sampler=sampling.greedy,
+        )  # fmt: skip
+
+    return Call(revise, scattered(model, seed=1), ((PAIRS.chosen, PAIRS.chosen_mask),))
+
+
+# All of one width, that of the table. What reads only the last token is compiled in less time.
+READER = recurrent(V, V)
+FUNCTIONS = {acting: READER, comparing: READER, learning: TABLE, revising: TABLE}
+TRANSFORMER = models.decoder(models.DecoderConfig(V, 24, width=V, num_layers=1, num_heads=8))
+
+
+def functions(
+    model_of: dict[Callable[[LanguageModel], Call], LanguageModel], meshes: list[str]
+) -> dict[str, Any]:
+    """What acts and what gives feedback, alone and on meshes."""
+
+    def numbers(result: Any, kinds: str) -> list[np.ndarray]:
+        return [x for x in jax.tree.leaves(jax.device_get(result)) if x.dtype.kind in kinds]
+
+    found: dict[str, Any] = {}
+    for make, model in model_of.items():
+        call = make(model)
+        alone = jax.jit(call.function)(call.whole, *call.rows)
+        found[make.__name__] = by_mesh = {}
+        for name in meshes:
+            data, fsdp, tensor = MESHES[name]
+            mesh = sharding.mesh(data=data, fsdp=fsdp, tensor=tensor)
+            with jax.set_mesh(mesh):
+                given = sharding.put(call.whole, mesh), *sharding.rows(call.rows, mesh)
+                spread = jax.jit(call.function)(*given)
+            by_mesh[name] = {
+                "tokens": all(map(np.array_equal, numbers(spread, "bi"), numbers(alone, "bi"))),
+                "numbers": farthest(numbers(spread, "f"), numbers(alone, "f")),
+                "different": min(len(np.unique(x, axis=0)) for x in numbers(alone, "f")),
+            }
     return found
 
 
@@ -332,4 +465,6 @@ if __name__ == "__main__":
     )
     chosen = {name: list(MESHES) for name in CASES | OTHERS} if sys.argv[1:] else SUITE
     found = {name: compare((CASES | OTHERS)[name](), chosen[name]) for name in chosen}
+    widely = dict.fromkeys(FUNCTIONS, TRANSFORMER), list(MESHES)
+    found["functions"] = functions(*widely if sys.argv[1:] else (FUNCTIONS, ["2x2x2"]))
     print(json.dumps(found | {"layouts": layouts()}))

@@ -223,6 +223,13 @@ class TestOnEightDevices:
         assert found["1x1x8"]["in_decoding"] > 0
         assert found["8x1x1"]["in_training"] > 0
 
+    @pytest.mark.parametrize("function", ["acting", "comparing", "learning", "revising"])
+    def test_acting_and_feedback_are_those_of_one_device(self, function: str) -> None:
+        found = on_eight_devices()["functions"][function]["2x2x2"]
+        assert found["tokens"]
+        assert found["numbers"] < 1e-5
+        assert found["different"] > 4
+
     def test_rows_are_divided_as_far_as_they_divide(self) -> None:
         found = on_eight_devices()["layouts"]
         assert found["rows_per_device"] == {"24": 3, "12": 3, "6": 3, "3": 3}

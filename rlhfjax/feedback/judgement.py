@@ -9,6 +9,7 @@ orders, and one of `mean_of_probs` and `mean_of_log_odds` takes the sway out aga
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -255,7 +256,8 @@ def compare(
     Args:
       model: the judge.
       params: its parameters.
-      question: with the blanks `{first}` and `{second}`, its first answer for what stands first.
+      question: with the blanks `{first}` and `{second}`, its first answer for what stands first;
+        text and answers are those of all rows, or of each its own.
       first: tokens [B, L] and mask, as long as `second`.
       second: tokens [B, L] and mask.
       fields: for further blanks, such as `prompt`.
@@ -275,10 +277,15 @@ def compare(
     def orders(one: Field, other: Field) -> Field:
         return both(one[0], other[0]), both(one[1], other[1])
 
+    # Each of text and answers has a rank less where all rows have the same.
+    def own(tree: Any, *, rank: int) -> Any:
+        return jax.tree.map(lambda x: both(x, x) if jnp.ndim(x) == rank else x, tree)
+
     asked = {name: orders(field, field) for name, field in (fields or {}).items()}
     asked |= {"first": orders(first, second), "second": orders(second, first)}
-    if jnp.ndim(question.answers) == 3:  # A question of its own for each row.
-        question = jax.tree.map(lambda x: both(x, x), question)
+    question = Question(
+        own(question.template, rank=2), own(question.answers, rank=3), own(question.mask, rank=3)
+    )
     odds = ask(model, params, question, asked).reshape(-1, 2)
     return odds[:, 0], odds[:, 1]
 

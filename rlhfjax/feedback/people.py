@@ -295,6 +295,8 @@ def _checked(
 def compared(first: Rollout, second: Rollout, first_wins: Array) -> PreferenceBatch:
     """Pairs of responses to the same prompts, in the order that a user gave them.
 
+    Of episodes of several turns give `Episodes.with_observations`, see `stages.soft_pairs`.
+
     Args:
       first: B responses.
       second: B responses to the same prompts.

@@ -147,6 +147,9 @@ def _ends(end_token: int | tuple[int, ...] | None) -> Array | tuple[int, ...]:
 def soft_pairs(first: Rollout, second: Rollout, probs: Array) -> PreferenceBatch:
     """Two rollouts of the same prompts as pairs whose labels are probabilities.
 
+    A response is what its mask says. Of episodes of several turns that would be the policy's turns
+    without the observations between them: give `Episodes.with_observations`.
+
     Args:
       first: B responses.
       second: B responses of the same length to the same prompts.

@@ -288,6 +288,9 @@ def _pieces(template: Template) -> list[Field]:
 def fields_of(samples: Rollout, *, drop: Sequence[int]) -> dict[str, Field]:
     """Prompts and responses of a rollout, for the blanks `{prompt}` and `{response}`.
 
+    A response is what its mask says. Of episodes of several turns that would be the policy's turns
+    without the observations between them: give `Episodes.with_observations`.
+
     Args:
       samples: of a policy with the judge's vocabulary.
       drop: tokens that have no place within a text, such as those that begin and end one; () where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -228,30 +228,26 @@ def _ask(
             f"environment.{method} failed for {len(rows)} rows at once, and for none alone: "
             f"{error!r}"
         ) from error
-    try:
-        columns = tuple(returned)
-    except TypeError as error:
-        raise ValueError(
-            f"environment.{method} returned {_cut(repr(returned))}: return {', '.join(names)}"
-        ) from error
-    if len(columns) != len(names):
-        raise ValueError(
-            f"environment.{method} returned {len(columns)} values: return {', '.join(names)}"
-        )
-    for name, column in zip(names, columns, strict=True):
+    where = f"environment.{method} of {type(environment).__name__}"
+    # What a dictionary lists are its keys.
+    if not isinstance(returned, tuple | list) or len(returned) != len(names):
+        told = f"{len(returned)} values" if isinstance(returned, tuple | list) else repr(returned)
+        raise ValueError(f"{where} returned {_cut(told)}: return a tuple of {', '.join(names)}")
+    for name, column in zip(names, returned, strict=True):
         try:
-            number = len(column)
-        except TypeError as error:
+            size = None if isinstance(column, Mapping | Set) else len(column)
+        except TypeError:
+            size = None
+        if size is None:
             raise ValueError(
-                f"environment.{method} returned {_cut(repr(column))} as {name}: return a list, one "
-                f"for each of {len(rows)} rows"
-            ) from error
-        if number != len(rows):
-            raise ValueError(
-                f"environment.{method} returned {number} {name} for {len(rows)} rows: return one "
-                "for each"
+                f"{where} returned {_cut(repr(column))} as {name}: return a list, one for each of "
+                f"{len(rows)} rows"
             )
-    return columns
+        if size != len(rows):
+            raise ValueError(
+                f"{where} returned {size} {name} for {len(rows)} rows: return one for each"
+            )
+    return returned
 
 
 def _all_tokens(

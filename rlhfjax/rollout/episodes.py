@@ -43,9 +43,9 @@ Written = tuple[Columns, Array, Any]
 class Episodes:
     """Episodes as a rollout, with what the environment said of them.
 
-    PPO and the algorithms without a critic learn from it as it is, except ReMax, of whose rows
-    every second one is greedy. It is not for functions that take the response mask for all that is
-    real behind the prompt, because these would lose the observations:
+    PPO and the algorithms without a critic learn from `rollout` as it is, except ReMax, of whose
+    rows every second one is greedy. Functions that take the response mask for all that is real
+    behind the prompt would lose the observations and are given `with_observations`:
     `feedback.stages.soft_pairs`, `feedback.people.compared`, `feedback.templates.fields_of`.
 
     An episode that is cut off counts as ended: no value stands for what might have followed.
@@ -72,13 +72,23 @@ class Episodes:
     state: Any = None
 
     @property
+    def with_observations(self) -> Rollout:
+        """The rollout with observations as a part of the response, for who judges or scores it.
+
+        Not for a loss of the policy, which has not written them; pairs of such responses are for
+        `reward_model`, not for `dpo`.
+        """
+        size = self.rollout.response_mask.shape[1]
+        return replace(self.rollout, response_mask=self.rollout.attention_mask[:, -size:])
+
+    @property
     def returns(self) -> Array:
-        """[B], Σ rewards: the score of an episode, for algorithms without a critic."""
+        """[B], Σ rewards: the score of an episode."""
         return jnp.where(self.outside, jnp.nan, self.rewards.sum(-1))
 
     @property
     def token_rewards(self) -> Array:
-        """[B, L], the reward of each turn at its last token, for PPO."""
+        """[B, L], the reward of each turn at its last token: scores for every `learn`."""
         mask = self.rollout.response_mask
         return advantages.at_ends_of_turns(self.rewards, self.turn_ids, mask)
 
@@ -228,7 +238,7 @@ def make_act(
     """`act` in an environment that is Python, which runs between two compiled halves.
 
     One half begins episodes, the other goes on with them by a turn; both are compiled once. Same
-    keys, same tokens as in the graph. For one process.
+    keys, same tokens as in the graph.
 
     Args:
       model: the policy; it needs `LanguageModel.extend`.
@@ -247,10 +257,17 @@ def make_act(
       a group have the same one.
 
     Raises:
-      ValueError: the model has no `extend`, or an episode can be longer than the context. When
-        called: with the row for which a method of the environment raised, did not answer in time,
-        or returned what it must not, such as a token outside of the vocabulary.
+      ValueError: there are several processes, the model has no `extend`, or an episode can be
+        longer than the context. When called: with the row for which a method of the environment
+        raised, did not answer in time, or returned what it must not, such as a token outside of the
+        vocabulary.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "an environment in Python is asked by one process, and there are "
+            f"{jax.process_count()}: each would have states and answers of its own; write the "
+            "environment in the graph and use `act`, or start one process"
+        )
     length = _length(model, num_turns, num_tokens, prompt_tokens, observation_tokens)
     end_token = () if end_token is None else end_token
     writer_of = partial(Writer, model, num_tokens, pad_token, end_token, sampler)

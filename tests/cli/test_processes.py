@@ -71,13 +71,37 @@ with open(f"{sys.argv[1]}/{os.environ['JAX_PROCESS_ID']}.json", "w") as file:
         assert self.run(program, tmp_path) == 7
 
 
-FAILS = """
+STOPS_AND_FAILS = """
+import faulthandler, json, sys
+from pathlib import Path
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from rlhfjax import sharding
 from rlhfjax.cli import processes
+from rlhfjax.cli.run import Run
+from rlhfjax.data.cursor import batches_from
 
+faulthandler.dump_traceback_later(150, exit=True)  # Both might wait for each other.
 processes.join(heartbeat_seconds=5)
-multihost_utils.sync_global_devices("both are there")
+
+def step(state, batch):
+    return state + batch, {"count": state[0] + batch}
+
+def enough(rows):
+    assert jax.process_index() == 0
+    return "it is enough" if rows and rows[-1]["count"] == 3 else ""
+
+out, mesh = Path(sys.argv[1]), sharding.mesh()
+with jax.set_mesh(mesh), Run(out / "run", {}, mesh=mesh, resume=False) as run:
+    trained = run.train(
+        "one", lambda: jnp.zeros(2), step=sharding.Step(step), num_steps=5, save_every=5, show={},
+        batches=lambda cursor: batches_from(cursor, lambda *_: [1] * 9), stop=enough,
+    )
+told = trained.state.addressable_data(0).tolist(), len(trained.rows), trained.stopped
+(out / f"{jax.process_index()}.json").write_text(json.dumps(told))
+
+multihost_utils.sync_global_devices("both have stopped")
 if jax.process_index() == 0:
     raise OSError("no space")
 multihost_utils.sync_global_devices("one has failed")
@@ -85,12 +109,18 @@ multihost_utils.sync_global_devices("one has failed")
 
 
 @pytest.mark.slow
-def test_where_one_fails_the_other_ends(tmp_path: Path) -> None:
-    (tmp_path / "fails.py").write_text(FAILS)
+def test_two_stop_at_one_step_and_where_one_fails_the_other_ends(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(STOPS_AND_FAILS)
     begin = time.monotonic()
-    assert launch.launch([str(tmp_path / "fails.py")], processes=2, devices=1) != 0
+    command = [str(tmp_path / "program.py"), str(tmp_path)]
+    assert launch.launch(command, processes=2, devices=1) != 0
     # Not a measure of speed: left to itself, jax waits for 300 seconds.
     assert time.monotonic() - begin < 120
+    told = [json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1)]
+    # The rule is asked in the first process alone.
+    assert [t[:2] for t in told] == [[[3.0, 3.0], 3]] * 2
+    assert told[0][2] == "it is enough" and told[1][2]
+    assert [row["count"] for row in rows(tmp_path / "run")] == [1.0, 2.0, 3.0]
 
 
 def flags(data: Path, out: Path) -> list[str]:
@@ -104,8 +134,8 @@ def flags(data: Path, out: Path) -> list[str]:
 
 @contextmanager
 def started(folder: Path, name: str, count: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`count` processes of 8 devices in all."""
-    devices = 8 // count
+    """`count` processes of 4 devices in all."""
+    devices = 4 // count
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled{count}"),

@@ -1,5 +1,6 @@
 """What a judge's answers mean: by hand, and against a judge that is computed row by row."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -215,6 +216,28 @@ class TestAsking:
         for order in range(2):
             expected = [alone[1][order][0], alone[0][order][1]]
             np.testing.assert_allclose(found[order], expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("common", ["answers", "text"])
+    def test_rows_may_have_the_text_or_the_answers_in_common(self, common: str) -> None:
+        rng = np.random.default_rng(3)
+        first, second = (left_padded(rng, lengths, 4, 0, VOCAB) for lengths in ([1, 4], [3, 2]))
+        other = question(("first", "second"), ids(), ids(1), ids(2, 3, 4), answers=[[6], [5]])
+        drawn = select_question([other, WHICH], jnp.array([0, 1]))
+        texts = [((), (1,), (2, 3, 4)), ((7,), (8, 9), (10,))]
+        answers = [([6], [5]), ([3], [4, 5])]
+        if common == "answers":
+            drawn, answers[0] = replace(drawn, answers=WHICH.answers, mask=WHICH.mask), answers[1]
+        else:
+            drawn, texts[0] = replace(drawn, template=WHICH.template), texts[1]
+        found = COMPARE(PARAMS, drawn, first, second)
+        for row, ((begin, between, end), (wanted, unwanted)) in enumerate(
+            zip(texts, answers, strict=True)
+        ):
+            a, b = (tokens[row][mask[row]].tolist() for tokens, mask in (first, second))
+            for odds, (one, two) in zip(found, ((a, b), (b, a)), strict=True):
+                text = [*begin, *one, *between, *two, *end]
+                expected = log_prob(text, wanted) - log_prob(text, unwanted)
+                np.testing.assert_allclose(odds[row], expected, rtol=1e-4)
 
     def test_a_judge_is_a_reward_within_the_step(self) -> None:
         """A policy that samples one token: the judge's log-odds of yes are the scores."""

@@ -146,22 +146,35 @@ ACT = in_python(FAULTY)
         ),
         ({"prompts": [[3], [-2], [3]]}, "reset: the prompt of row 1 has token -2"),
         ({"prompts": [[3], [3] * 3, [3]]}, "prompt of row 1 has 3 tokens, and there is room for 2"),
-        ({"prompts": [[3], [3]]}, "reset returned 2 prompts for 3 rows"),
+        ({"prompts": [[3], [3]]}, "reset of Echo returned 2 prompts for 3 rows"),
         ({"prompts": [[3], [3], [0.5]]}, "the prompt of row 2 is float64[1]: return a list of"),
         ({"observations": [[3], [V], [3]]}, f"step: the observation of row 1 has token {V}"),
         ({"observations": [[3] * 3] * 3}, "the observation of row 0 has 3 tokens"),
         ({"rewards": [1.0, "much", 1.0]}, "the reward of row 1 is 'much': no number"),
         ({"rewards": [1.0, [1.0], 1.0]}, "the reward of row 1 is [1.0]: no number"),
-        ({"rewards": [1.0]}, "step returned 1 rewards for 3 rows"),
+        ({"rewards": [1.0]}, "step of Echo returned 1 rewards for 3 rows"),
         ({"done": [False, 1, False]}, "done of row 1 is 1: no bool"),
         (
             {"returns": None},
-            "step returned None: return states, observations, rewards, done",
+            "environment.step of Echo returned None: return a tuple of states, observations, rew",
         ),
-        ({"returns": ()}, "step returned 0 values: return states, observations, rewards, done"),
-        ({"rewards": None}, "step returned None as rewards: return a list, one for each of 3 rows"),
-        ({"states": 7}, "step returned 7 as states: return a list"),
-        ({"prompts": None}, "reset returned None as prompts: return a list"),
+        (
+            {"returns": {"states": [3] * 3, "observations": RAGGED, "rewards": 0, "done": 0}},
+            "environment.step of Echo returned {'states': [3, 3, 3], 'observations': [[3], [3, 4]]"
+            ", 'rewards': 0, 'done': 0}: return a tuple of states, observations, rewards, done",
+        ),
+        (
+            {"returns": ()},
+            "step of Echo returned 0 values: return a tuple of states, observations,",
+        ),
+        (
+            {"rewards": None},
+            "step of Echo returned None as rewards: return a list, one for each of 3 rows",
+        ),
+        ({"rewards": {0: 1.0, 1: 0.5, 2: 0.0}}, "returned {0: 1.0, 1: 0.5, 2: 0.0} as rewards: re"),
+        ({"states": 7}, "step of Echo returned 7 as states: return a list"),
+        ({"states": np.array(7)}, "step of Echo returned array(7) as states: return a list"),
+        ({"prompts": None}, "reset of Echo returned None as prompts: return a list"),
         (
             {"prompts": [[3], [3], RAGGED]},
             "reset: the prompt of row 2 is [[3], [3, 4]]: return a list of token numbers",
@@ -177,6 +190,12 @@ def test_in_python_the_row_is_named(faults: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError) as error:
         ACT(TABLE, [3, 4, 5], KEY)
     assert message in str(error.value)
+
+
+def test_one_process_of_several_does_not_act_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="Python is asked by one process, and there are 2"):
+        in_python(FAULTY)
 
 
 class TestPythonTool:

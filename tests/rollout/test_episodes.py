@@ -181,6 +181,16 @@ class TestEpisodes:
             written = [token for own, tokens in pieces if own for token in tokens]
             assert written == samples.responses[row][samples.response_mask[row]].tolist()
 
+    def test_who_judges_one_may_read_the_observations(self, acted: Any) -> None:
+        episodes = jax.device_get(acted[3])
+        read, between = episodes.with_observations, 0
+        for row, (_, *pieces) in enumerate(rollout.transcripts(episodes.rollout)):
+            behind = [token for _, tokens in pieces for token in tokens]
+            assert read.responses[row][read.response_mask[row]].tolist() == behind
+            between += sum(not own for own, _ in pieces)
+        assert between > 0
+        np.testing.assert_array_equal(read.tokens, episodes.rollout.tokens)
+
 
 def test_an_episode_of_one_turn_is_what_generate_gives_to_the_bit() -> None:
     model = MODELS["learned positions"]
