@@ -110,7 +110,7 @@ class Args:
     """Of everybody's adapter."""
     iterations: int = 60
     """Updates of a policy in a round."""
-    group: int = 16
+    group: int = 10
     """Texts in an update."""
     learning_rate: float = 5e-3
     """Of the policies."""
@@ -391,9 +391,10 @@ class Machine:
         """Each member's vector after these pairs; `better` and `worse` are states [M, D]."""
 
         def loss(members: Array) -> Array:
-            chosen, rejected = (self.scores(shared, members, x) for x in (better, worse))
-            real = jnp.broadcast_to(mask, chosen.shape)
-            value, _ = reward.pairwise(chosen, rejected, real, reduce=masked.sum)
+            # The head is linear: of a difference it says the difference of the scores.
+            margins = self.scores(shared, members, better - worse)
+            real = jnp.broadcast_to(mask, margins.shape)
+            value, _ = reward.pairwise(margins, 0 * margins, real, reduce=masked.sum)
             return value + choice.anchored(members, anchors, precision=1.0)
 
         optimizer = optax.adam(0.1)
