@@ -208,8 +208,13 @@ def test_asked_twice_it_does_not_wait(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, step=until(2, twice))
+    # What a shell starts in the background is born deaf to it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, step=until(2, twice))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_run_is_not_written_over(unbroken: tuple[Path, Trained]) -> None:
