@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from rlhfjax import masked, sharding
-from rlhfjax.algorithms import checks, critic_free
+from rlhfjax.algorithms import checks, critic_free, iteration
 from rlhfjax.algorithms.iteration import Metrics, Reward, State
 from rlhfjax.types import LanguageModel, Params, Rollout
 
@@ -67,7 +68,11 @@ def select(rows: Any, scores: Array, *, group_size: int) -> Any:
 
     Returns:
       the tree, N rows each.
+
+    Raises:
+      AssertionError: the scores are not one a row.
     """
+    chex.assert_rank(scores, 1)
     grouped = jnp.where(jnp.isfinite(scores), scores, -jnp.inf).reshape(-1, group_size)
     chosen = jnp.arange(len(grouped)) * group_size + grouped.argmax(1)
     return jax.tree.map(lambda x: x[chosen], rows)
@@ -80,7 +85,8 @@ def make_step(
 
     Args:
       model: the policy.
-      reward: `(reward_params, rollout) -> scores [N·G]`, pure.
+      reward: `(reward_params, rollout) -> scores [N·G]`, pure, or rewards of
+        tokens, [N·G, T].
       config: what is static.
 
     Returns:
@@ -101,7 +107,7 @@ def make_step(
         hyper: Hyperparameters,
     ) -> tuple[State, Rollout, Metrics]:
         samples = sample(state, prompts, prompt_mask, hyper, model=model, config=config)
-        scores = reward(reward_params, samples)
+        scores = iteration.of_responses(samples, reward(reward_params, samples))
         best = select((samples, scores), scores, group_size=config.group_size)
         scored = jnp.isfinite(scores)
         metrics = {

@@ -61,7 +61,8 @@ class Hyperparameters:
       clip_range: ε below 1 of the ratio.
       clip_range_high: ε above 1.
       std_eps: added to the standard deviation of a group.
-      overlong_buffer: tokens before T from which length costs score, up to
+      overlong_buffer: tokens before T, all positions of a response, from which length costs score,
+        up to
       overlong_factor: at T.
     """
 
@@ -108,7 +109,7 @@ def collect(collected: Collected, samples: Rollout, scores: Array, *, group_size
     Args:
       collected: before.
       samples: N·G rows of another round.
-      scores: [N·G]; those that are not finite are ignored.
+      scores: [N·G], or [N·G, T] rewards of tokens; those that are not finite are ignored.
       group_size: G.
 
     Returns:
@@ -117,7 +118,7 @@ def collect(collected: Collected, samples: Rollout, scores: Array, *, group_size
     References:
       Yu et al. 2025, DAPO, §3.2.
     """
-    scores = scores.astype(jnp.float32)
+    scores = iteration.of_responses(samples, scores)
     grouped = scores.reshape(-1, group_size)
     finite = jnp.isfinite(grouped)
     lowest = jnp.where(finite, grouped, jnp.inf).min(1)
@@ -226,7 +227,8 @@ def make_step(
 
     Args:
       model: the policy.
-      reward: `(reward_params, rollout) -> scores [N·G]`, pure.
+      reward: `(reward_params, rollout) -> scores [N·G]`, pure, or rewards of
+        tokens, [N·G, T].
       optimizer: any optax optimiser; one update a minibatch.
       config: what is static.
 

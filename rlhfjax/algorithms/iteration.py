@@ -72,17 +72,49 @@ def keys(state: Any) -> tuple[Array, Array]:
     return sample_key, shuffle_key
 
 
+def _checked(samples: Rollout, scores: Array) -> Array:
+    wanted = samples.response_mask.shape
+    if jnp.shape(scores) not in (wanted, wanted[:1]):
+        raise ValueError(
+            f"scores are {list(jnp.shape(scores))}: give one to each response, {list(wanted[:1])}, "
+            f"or one to each token, {list(wanted)}, such as `Episodes.token_rewards`"
+        )
+    return jnp.asarray(scores, jnp.float32)
+
+
+def of_responses(samples: Rollout, scores: Array) -> Array:
+    """Σ rewards of a response, for what compares responses and nothing else.
+
+    Args:
+      samples: the rollout.
+      scores: [B], or [B, T] rewards of tokens, of which those at masked ones are not read.
+
+    Returns:
+      [B] float32, not finite where a reward is not.
+
+    Raises:
+      ValueError: the scores have another shape.
+    """
+    scores = _checked(samples, scores)
+    return scores if scores.ndim == 1 else jnp.where(samples.response_mask, scores, 0.0).sum(1)
+
+
 def leave_out_unscored(samples: Rollout, scores: Array) -> tuple[Rollout, Array]:
     """Empties the response mask of samples whose score is not finite.
 
     Args:
       samples: the rollout.
-      scores: [B], or [B, T] rewards of tokens, all of which must be finite.
+      scores: [B], or [B, T] rewards of tokens, all of which must be finite; those at masked ones,
+        such as observations, are not read.
 
     Returns:
       the rollout, in which such samples count nowhere, and rewards [B, T], 0 where masked: those
       given, or each score at the last token of its response.
+
+    Raises:
+      ValueError: the scores have another shape.
     """
+    scores = _checked(samples, scores)
     scored = jnp.isfinite(scores)
     if scores.ndim == 2:
         scored = (scored | ~samples.response_mask).all(1)
@@ -152,7 +184,8 @@ def makers(
 
         Args:
           model: what is trained: a `LanguageModel`, or PPO's `ActorCritic`.
-          reward: `(reward_params, rollout) -> scores [B]`, pure.
+          reward: `(reward_params, rollout) -> scores [B]`, pure, or rewards of
+            tokens, [B, T].
           optimizer: any optax optimiser; one update a minibatch.
           config: what is static.
 

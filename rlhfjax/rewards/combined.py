@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +44,13 @@ def metrics(names: Sequence[str], scores: np.ndarray) -> dict[str, float]:
       scores: [F, B], NaN where a function gave none.
 
     Returns:
-      Means, 0 where there is no score, and standard deviations with Bessel's correction, 0 where
+      Means, NaN where there is no score, and standard deviations with Bessel's correction, 0 where
       there are fewer than two.
     """
     found = {}
     for name, row in zip(names, scores, strict=True):
         known = row[~np.isnan(row)].astype(np.float64)
-        found[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else 0.0
+        found[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else math.nan
         found[f"rewards/{name}/std"] = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     return found
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from rlhfjax.algorithms import (
+    best_of_n,
     cispo,
     critic_free,
     dapo,
     dr_grpo,
     grpo,
     gspo,
+    iteration,
     online_dpo,
     reinforce,
     reinforce_plus_plus,
@@ -211,6 +213,32 @@ class TestRewardsOfTokens:
         batch = replace(experience(), rewards=jnp.asarray(self.REWARDS))
         batch = grpo.estimate(batch, grpo.Hyperparameters(std_eps=0.1))
         assert_advantages(batch, normalised(self.REWARDS.sum(1), 0.1))
+
+    def test_at_masked_tokens_are_not_read(self) -> None:
+        given = jnp.where(MASK, self.REWARDS, jnp.nan).at[3, 0].set(jnp.nan)
+        samples, rewards = iteration.leave_out_unscored(experience().rollout, given)
+        left = np.arange(B) != 3
+        np.testing.assert_array_equal(samples.response_mask, MASK & left[:, None])
+        np.testing.assert_array_equal(rewards, np.where(left[:, None], self.REWARDS, 0.0))
+
+    def test_are_summed_before_responses_are_chosen(self) -> None:
+        given = jnp.where(MASK, self.REWARDS, jnp.nan)
+        samples, sums = experience().rollout, self.REWARDS.sum(1)
+        of_tokens, of_responses = (
+            dapo.collect(dapo.nothing_of(samples), samples, scores, group_size=G)
+            for scores in (given, sums)
+        )
+        assert of_tokens.num_groups == of_responses.num_groups == B // G
+        np.testing.assert_allclose(of_tokens.scores, of_responses.scores, rtol=1e-6)
+        with pytest.raises(AssertionError):
+            best_of_n.select(samples, given, group_size=G)
+
+    @pytest.mark.parametrize("shape", [(), (B, 1), (B, 2), (B, T + 1), (B // 2,), (T, B)])
+    def test_of_another_shape_are_refused(self, shape: tuple[int, ...]) -> None:
+        for function in (iteration.leave_out_unscored, iteration.of_responses):
+            with pytest.raises(ValueError, match=r"Episodes\.token_rewards") as error:
+                function(experience().rollout, np.zeros(shape))
+            assert str(list(shape)) in str(error.value)
 
 
 def assert_advantages(batch: critic_free.Experience, expected: np.ndarray) -> None:

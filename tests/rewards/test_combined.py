@@ -25,12 +25,13 @@ def test_metrics_are_of_the_samples_with_a_score() -> None:
     scores = np.array([[1, NAN, 4, 1], [NAN, 7, NAN, NAN], [NAN] * 4], np.float32)
     found = metrics(["a", "b", "c"], scores)
     # (1 + 4 + 1) / 3 and sqrt((1 + 4 + 1) / 2), deviations -1, 2, -1.
+    # No score is nothing that a rule could take for a low one.
+    assert np.isnan(found.pop("rewards/c/mean"))
     assert found == {
         "rewards/a/mean": 2.0,
         "rewards/a/std": pytest.approx(3**0.5),
         "rewards/b/mean": 7.0,
         "rewards/b/std": 0.0,
-        "rewards/c/mean": 0.0,
         "rewards/c/std": 0.0,
     }
 
