@@ -86,13 +86,18 @@ def read(path: Path | str) -> tuple[Principle, ...]:
         raise ImportError("principles are read by PyYAML: pip install 'rlhfjax[cli]'") from error
     path = Path(path)
     try:
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        written, listed = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        told = " ".join(str(error).split())
+        raise DataError(f"{path}: not YAML: {told}; texts with braces stand in quotes") from error
     if not isinstance(listed, list) or not listed:
         raise DataError(f"{path}: not a list of principles, each beginning with '- name: …'")
+    # Of a key that stands twice, YAML would keep the second.
+    for line, key in _twice(written):
+        raise DataError(f"{path}:{line}: {key!r} stands twice in one principle; remove one")
     found: dict[str, Principle] = {}
     for number, entry in enumerate(listed, start=1):
         principle = _principle(entry, number, path)
@@ -169,7 +174,11 @@ def question(principle: Principle, vocabulary: Vocabulary) -> Question:
 
 def _principle(entry: Any, number: int, path: Path) -> Principle:
     name = entry.get("name") if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not name.strip():
+    if name is not None and not isinstance(name, str):
+        raise DataError(
+            f"{path}: the name of principle {number} is {name!r}, no text; put it in quotes"
+        )
+    if name is None or not name.strip():
         raise DataError(f"{path}: principle {number} has no name; begin it with '- name: …'")
     known = [field.name for field in fields(Principle) if field.name != "source"]
     if unknown := [key for key in entry if key not in known]:
@@ -178,6 +187,17 @@ def _principle(entry: Any, number: int, path: Path) -> Principle:
         )
     values = {key: value for key, value in entry.items() if value is not None}
     return Principle(**values, source=str(path))
+
+
+def _twice(document: Any) -> Iterator[tuple[int, str]]:
+    """Line and name of every key that its principle, or its answers, have before."""
+    entries = [entry for entry in document.value if entry.id == "mapping"]
+    for mapping in [*entries, *(value for entry in entries for _, value in entry.value)]:
+        if mapping.id == "mapping":
+            names = [key.value for key, _ in mapping.value]
+            for number, (key, _) in enumerate(mapping.value):
+                if key.value in names[:number]:
+                    yield key.start_mark.line + 1, key.value
 
 
 def _check(principle: Principle) -> None:
