@@ -3,7 +3,9 @@
 A masked token is skipped: it costs no discount, and its reward and value are never read (verl,
 Tunix). The other conventions are compositions. To take masked tokens for ordinary ones (TRL, trlx),
 pass a mask of ones. To count them as steps of no reward and no value (OpenRLHF, HALOs), pass
-`masked.fill` of rewards and values with a mask of ones.
+`masked.fill` of rewards and values with a mask of ones. Rows of `rollout.Episodes` have padding
+between their turns, and ones would count it as time: pass `with_observations.response_mask` instead
+of ones there, which is True at observations and not at padding.
 """
 
 import chex

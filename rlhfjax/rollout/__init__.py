@@ -7,7 +7,7 @@ from rlhfjax.rollout.environments import (
     check,
     with_tool,
 )
-from rlhfjax.rollout.episodes import Episodes, act, make_act, transcripts
+from rlhfjax.rollout.episodes import Episodes, act, make_act, refuse_outside, transcripts
 from rlhfjax.rollout.generation import generate
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "generate",
     "make_act",
+    "refuse_outside",
     "transcripts",
     "with_tool",
 ]

@@ -62,7 +62,9 @@ def with_tool(
 
     Args:
       pose: `(key) -> (state, prompt [P])`, a question.
-      tool: `(state, tokens [T]) -> [O]`, -1 throughout where the turn is no call; see `tools`.
+      tool: `(state, tokens [T]) -> [O]`, -1 throughout where the turn is no call; see `tools`. A
+        call that fails is -1 throughout too, and so counts as the answer: a tool that is to be read
+        as "no such record" must say so in tokens.
       grade: `(state, tokens [T]) -> []`, the reward of an answer.
 
     Returns:
@@ -84,7 +86,8 @@ class WithPythonTool:
     Args:
       pose: `(seed) -> (state, prompt)`.
       tool: `(calls) -> answers`, the tool's tokens for each turn, None where it is no call; any
-        function, or a `rewards.Worker` around one, and then with a limit to its time.
+        function with a parameter of the name `calls`, or a `rewards.Worker` around one, and then
+        with a limit to its time.
       grade: `(state, tokens) -> reward` of an answer.
     """
 
@@ -105,13 +108,32 @@ class WithPythonTool:
         self, states: Sequence[Any], tokens: Sequence[Sequence[int]]
     ) -> tuple[Sequence[Any], Sequence[Sequence[int]], Sequence[float], Sequence[bool]]:
         """What the tool says, or the grade of an answer."""
-        said = self._tool(calls=tokens)
+        said = _answers(self._tool, tokens)
         rewards = [
             self._grade(state, turn) if answer is None else 0.0
             for state, turn, answer in zip(states, tokens, said, strict=True)
         ]
         told = [[] if answer is None else list(answer) for answer in said]
         return states, told, rewards, [answer is None for answer in said]
+
+
+def _answers(
+    tool: Callable[..., Sequence[Sequence[int] | None]], calls: Sequence[Sequence[int]]
+) -> Sequence[Sequence[int] | None]:
+    """Checked here: `ask_step` sees of them no more than what they become in an observation."""
+    answers = tool(calls=calls)
+    where = f"the tool {getattr(tool, '__name__', type(tool).__name__)}"
+    wanted = "return a list with one for each, None or a list of token numbers"
+    size = _size(answers)
+    if size != len(calls):
+        told = _cut(repr(answers)) if size is None else f"{size} answers"
+        raise ValueError(f"{where} returned {told} for {len(calls)} calls: {wanted}")
+    for number, answer in enumerate(answers):
+        if answer is not None and not _are_tokens(_as_array(answer)):
+            raise ValueError(
+                f"{where} returned {_cut(repr(answer))} for call {number} of {len(calls)}: {wanted}"
+            )
+    return answers
 
 
 def check(environment: Environment, *, num_tokens: int) -> tuple[int, int]:
@@ -234,10 +256,7 @@ def _ask(
         told = f"{len(returned)} values" if isinstance(returned, tuple | list) else repr(returned)
         raise ValueError(f"{where} returned {_cut(told)}: return a tuple of {', '.join(names)}")
     for name, column in zip(names, returned, strict=True):
-        try:
-            size = None if isinstance(column, Mapping | Set) else len(column)
-        except TypeError:
-            size = None
+        size = _size(column)
         if size is None:
             raise ValueError(
                 f"{where} returned {_cut(repr(column))} as {name}: return a list, one for each of "
@@ -256,11 +275,7 @@ def _all_tokens(
     found = []
     for row, tokens in zip(rows, columns, strict=True):
         array = _as_array(tokens)
-        if (
-            array is None
-            or array.ndim != 1
-            or (array.size and not np.issubdtype(array.dtype, np.integer))
-        ):
+        if array is None or not _are_tokens(array):
             told = _cut(repr(tokens)) if array is None else _told(array)
             raise ValueError(
                 f"environment.{method}: the {name} of row {row} is {told}: return a list of token "
@@ -268,6 +283,20 @@ def _all_tokens(
             )
         found.append(array[array != NO_TOKEN].astype(int).tolist())
     return found
+
+
+def _size(column: Any) -> int | None:
+    """None where it is no list, nor anything like one."""
+    try:
+        return None if isinstance(column, Mapping | Set) else len(column)
+    except TypeError:
+        return None
+
+
+def _are_tokens(array: np.ndarray | None) -> bool:
+    if array is None or array.ndim != 1:
+        return False
+    return not array.size or np.issubdtype(array.dtype, np.integer)
 
 
 def _as_array(x: Any) -> np.ndarray | None:
@@ -296,7 +325,10 @@ def _shapes(
     try:
         result = jax.eval_shape(function, *inputs)
     except Exception as error:
-        error.add_note(f"in environment.{method}, traced before anything is compiled")
+        error.add_note(
+            f"in environment.{method}, traced before anything is compiled; an environment in "
+            "Python is for `make_act`"
+        )
         raise
     if not isinstance(result, tuple) or len(result) != len(names):
         what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__

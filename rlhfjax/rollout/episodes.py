@@ -50,6 +50,14 @@ class Episodes:
 
     An episode that is cut off counts as ended: no value stands for what might have followed.
 
+    `ppo.learn` skips observations in its advantages; other conventions are compositions with
+    `advantages.gae`, whose mask is then that of `with_observations`. One that reads values at
+    observations cannot take `rollout.values`, which are 0 there: it needs those of a pass over the
+    tokens.
+
+    The length that Dr. GRPO divides by, and up to which DAPO's overlong penalty grows, is L: the
+    room for observations counts in it too.
+
     Attributes:
       rollout: responses are all that follows the prompt, L = K·T + (K - 1)·O positions; the mask is
         True where the policy wrote.
@@ -76,7 +84,8 @@ class Episodes:
         """The rollout with observations as a part of the response, for who judges or scores it.
 
         Not for a loss of the policy, which has not written them; pairs of such responses are for
-        `reward_model`, not for `dpo`.
+        `reward_model`, not for `dpo`. Its mask is also that of `advantages.gae` where observations
+        count as time: a mask of ones would count the padding behind turns and before observations.
         """
         size = self.rollout.response_mask.shape[1]
         return replace(self.rollout, response_mask=self.rollout.attention_mask[:, -size:])
@@ -144,16 +153,18 @@ def act(
         answer and that of a call; None: all have T tokens.
       temperature: as in `generate`.
       sampler: as in `generate`.
-      value_of: as in `generate`.
+      value_of: as in `generate`; at observations `values` are 0, see `Episodes`.
 
     Returns:
       `Episodes`.
 
     Raises:
       ValueError: the model has no `extend`; the environment returns another shape or dtype than it
-        must; an episode can be longer than the context.
+        must; an episode can be longer than the context, or has no turn or turns of no token;
+        `pad_token` or `end_token` is outside of the vocabulary.
     """
     chex.assert_rank(reset_keys, 1)
+    _check_settings(model, pad_token, end_token, num_turns=num_turns, num_tokens=num_tokens)
     prompt_tokens, observation_tokens = check(environment, num_tokens=num_tokens)
     length = _length(model, num_turns, num_tokens, prompt_tokens, observation_tokens)
     # None would have rows whose episode is over wait for T tokens of nobody.
@@ -250,17 +261,18 @@ def make_act(
       pad_token: as in `act`.
       end_token: as in `act`.
       sampler: as in `act`.
-      value_of: `(params, hidden [B, D]) -> [B]`.
+      value_of: `(params, hidden [B, D]) -> [B]`; at observations `values` are 0, see `Episodes`.
 
     Returns:
       `act(params, seeds, key, *, temperature=1.0) -> Episodes`, with a list of B seeds; the rows of
       a group have the same one.
 
     Raises:
-      ValueError: there are several processes, the model has no `extend`, or an episode can be
-        longer than the context. When called: with the row for which a method of the environment
-        raised, did not answer in time, or returned what it must not, such as a token outside of the
-        vocabulary.
+      ValueError: there are several processes, the model has no `extend`, the environment is one in
+        the graph, an episode can be longer than the context, a size is 0, or `pad_token` or
+        `end_token` is outside of the vocabulary. When called: with the row for which a method of
+        the environment raised, did not answer in time, or returned what it must not, such as a
+        token outside of the vocabulary.
     """
     if jax.process_count() > 1:
         raise ValueError(
@@ -268,6 +280,12 @@ def make_act(
             f"{jax.process_count()}: each would have states and answers of its own; write the "
             "environment in the graph and use `act`, or start one process"
         )
+    if isinstance(environment, Environment):
+        raise ValueError("`make_act` is for an environment in Python; for an `Environment`: `act`")
+    sizes = {"num_turns": num_turns, "num_tokens": num_tokens, "prompt_tokens": prompt_tokens}
+    # Of one turn nobody reads an observation; of several an empty one is a token of padding.
+    sizes |= {} if num_turns == 1 else {"observation_tokens": observation_tokens}
+    _check_settings(model, pad_token, end_token, **sizes)
     length = _length(model, num_turns, num_tokens, prompt_tokens, observation_tokens)
     end_token = () if end_token is None else end_token
     writer_of = partial(Writer, model, num_tokens, pad_token, end_token, sampler)
@@ -407,6 +425,46 @@ def transcripts(samples: Rollout) -> list[list[tuple[bool, list[int]]]]:
     return rows
 
 
+def refuse_outside(episodes: Episodes) -> None:
+    """Says where an environment in the graph wrote a token outside of the vocabulary.
+
+    For the host, behind a step whose `episodes/outside` is not 0: nothing can be raised in the
+    graph, where such an episode is left out and counted.
+
+    Args:
+      episodes: of a step.
+
+    Raises:
+      ValueError: with the first such row, the turn behind which it was, and the number of them.
+    """
+    rows = np.flatnonzero(np.asarray(episodes.outside))
+    if not len(rows):
+        return
+    taken = np.asarray(episodes.turns)
+    last = int(taken[rows[0]].sum())
+    where = f"after turn {last} of at most {taken.shape[1]}" if last else "in its prompt"
+    raise ValueError(
+        f"environment.{'step' if last else 'reset'}: row {rows[0]} got a token outside of the "
+        f"model's vocabulary {where}; {len(rows)} of {len(taken)} rows got one"
+    )
+
+
+def _check_settings(
+    model: LanguageModel, pad_token: int, end_token: int | tuple[int, ...] | None, **sizes: int
+) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: an episode has at least one")
+    ends = [] if end_token is None else np.ravel(end_token).tolist()
+    for name, tokens in (("pad_token", [pad_token]), ("end_token", ends)):
+        for token in tokens:
+            if not 0 <= token < model.vocab_size:
+                raise ValueError(
+                    f"{name}={token} is not in the model's vocabulary of {model.vocab_size} "
+                    f"tokens, 0 to {model.vocab_size - 1}"
+                )
+
+
 def _length(
     model: LanguageModel, turns: int, num_tokens: int, prompt_tokens: int, observation_tokens: int
 ) -> int:
@@ -416,12 +474,12 @@ def _length(
             "observation into the cache"
         )
     length = prompt_tokens + turns * num_tokens + (turns - 1) * observation_tokens
-    if min(turns, num_tokens) < 1 or length > model.context_length:
+    if length > model.context_length:
         raise ValueError(
             f"a prompt of {prompt_tokens} tokens, {turns} turns of {num_tokens} and observations "
             f"of {observation_tokens} between them are {length} positions, which does not fit a "
-            f"context of {model.context_length}: take fewer or shorter turns, at least one token "
-            "each, or build the model with a longer context_length"
+            f"context of {model.context_length}: take fewer or shorter turns, or build the model "
+            "with a longer context_length"
         )
     return length
 

@@ -229,6 +229,28 @@ class TestPythonTool:
         assert said == [[6, 7], [], [], []]
         assert (rewards, done) == ([0.0] * 3 + [1.0], [False] * 3 + [True])
 
+    @pytest.mark.parametrize(
+        ("answers", "message"),
+        [
+            ([[6]], "the tool faulty returned 1 answers for 2 calls: return a list with one for"),
+            ({5: [6]}, "the tool faulty returned {5: [6]} for 2 calls: return a list"),
+            (None, "the tool faulty returned None for 2 calls: return a list"),
+            (([6] for _ in range(2)), "the tool faulty returned <generator"),
+            ([6, 7], "the tool faulty returned 6 for call 0 of 2: return a list"),
+            ([None, "text"], "the tool faulty returned 'text' for call 1 of 2: return a list"),
+            ([[6], [0.5]], "the tool faulty returned [0.5] for call 1 of 2"),
+            ([[6], RAGGED], "the tool faulty returned [[3], [3, 4]] for call 1 of 2"),
+        ],
+    )
+    def test_what_it_returns_is_checked(self, answers: Any, message: str) -> None:
+        def faulty(calls: Sequence[Sequence[int]]) -> Any:
+            return answers
+
+        environment = rollout.WithPythonTool(lambda seed: (seed, [seed]), faulty, lambda *_: 1.0)
+        with pytest.raises(ValueError) as error:
+            environment.step([1, 2], [[5], [5]])
+        assert message in str(error.value)
+
     def test_a_function_in_a_process_of_its_own_has_a_time_limit(self) -> None:
         with rewards.Worker(echo, time_limit=20) as tool:
             assert self.act(tool, [1, 2]).returns.tolist() == [0.0, 1.0]

@@ -259,6 +259,12 @@ class TestWhatGoesWrongInTheGraph:
         for scores in (strange.returns, strange.token_rewards):
             samples, _ = iteration.leave_out_unscored(strange.rollout, scores)
             np.testing.assert_array_equal(samples.response_mask.any(1), ~outside)
+        rollout.refuse_outside(episodes)
+        with pytest.raises(ValueError) as error:
+            rollout.refuse_outside(strange)
+        message = str(error.value)
+        assert f"environment.step: row {np.flatnonzero(outside)[0]} got a token out" in message
+        assert message.endswith(f"after turn 2 of at most 3; {outside.sum()} of {B} rows got one")
 
     def test_one_in_the_prompt_is_an_episode_without_a_turn(self) -> None:
         episodes = act(PARAMS, RESETS, KEY, (STRANGE_PROMPT, V))
@@ -266,6 +272,9 @@ class TestWhatGoesWrongInTheGraph:
         assert 0 < outside.sum() < B
         np.testing.assert_array_equal(episodes.outside, outside)
         np.testing.assert_array_equal(episodes.turns.any(1), ~outside)
+        first = np.flatnonzero(outside)[0]
+        with pytest.raises(ValueError, match=f"reset: row {first} got .* in its prompt"):
+            rollout.refuse_outside(episodes)
         assert np.isnan(episodes.returns[outside]).all()
 
     def test_an_empty_observation_is_the_padding_token(self) -> None:
@@ -282,6 +291,42 @@ class TestWhatGoesWrongInTheGraph:
             compiled(model._replace(context_length=18))(PARAMS, RESETS, KEY)
         assert "prompt of 4 tokens, 3 turns of 3" in str(error.value)
         assert "19 positions, which does not fit a context of 18" in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"pad_token": V},
+                "pad_token=11 is not in the model's vocabulary of 11 tokens, 0 to 10",
+            ),
+            ({"pad_token": -1}, "pad_token=-1 is not in"),
+            ({"end_token": V}, "end_token=11 is not in the model's vocabulary of 11"),
+            ({"end_token": (END, -1)}, "end_token=-1 is not in"),
+            ({"num_turns": 0}, "num_turns=0: an episode has at least one"),
+            ({"num_tokens": 0}, "num_tokens=0: an episode has at least one"),
+        ],
+    )
+    def test_settings_that_no_episode_has_are_refused(
+        self, settings: dict[str, Any], message: str
+    ) -> None:
+        sizes = {"prompt_tokens": P, "observation_tokens": OBS}
+        model = MODELS["not Flax"]
+        for make in (
+            lambda: compiled(model, **settings)(PARAMS, RESETS, KEY),
+            lambda: rollout.make_act(model, InPython(None), **sizes | SETTINGS | settings),
+        ):
+            with pytest.raises(ValueError) as error:
+                make()
+            assert message in str(error.value)
+
+    def test_each_kind_of_environment_has_its_own_act(self) -> None:
+        model = MODELS["not Flax"]
+        with pytest.raises(TypeError) as error:
+            compiled(model, InPython(None))(PARAMS, RESETS, KEY)
+        assert "Python is for `make_act`" in "".join(error.value.__notes__)
+        sizes = {"prompt_tokens": P, "observation_tokens": OBS}
+        with pytest.raises(ValueError, match="`make_act` is for an environment in Python; for an"):
+            rollout.make_act(model, ENVIRONMENT, **sizes | SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +352,19 @@ class TestLearning:
         mask = episodes.rollout.response_mask
         rng = np.random.default_rng(0)
         rewards, values = rng.normal(size=(2, *mask.shape)).astype(np.float32)
-        everywhere = np.ones(mask.shape, bool)
+        everywhere = episodes.with_observations.response_mask
         inputs = {
             "skip": (rewards, values, mask),
             "zero": (masked.fill(rewards, mask), masked.fill(values, mask), everywhere),
             "none": (rewards, values, everywhere),
         }[convention]
         given, _ = advantages.gae(*inputs, gamma=0.9, gae_lambda=0.8)
+        assert 0 < everywhere.sum() - mask.sum() < mask.size - mask.sum()
         for row in range(B):
             following, advantage = 0.0, 0.0
-            for t in reversed(range(LENGTH)):
+            # The row as it is without its padding.
+            pieces = np.flatnonzero(episodes.rollout.attention_mask[row]).tolist()
+            for t in reversed([place - P for place in pieces if place >= P]):
                 own = bool(mask[row, t])
                 if convention == "skip" and not own:
                     continue
