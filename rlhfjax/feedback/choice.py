@@ -69,10 +69,14 @@ def anchored(params: Params, anchors: Params, *, precision: float | Array) -> Ar
     Returns:
       [] float32.
 
+    Raises:
+      AssertionError: structures or shapes differ.
+
     References:
       Osband et al. 2018, Randomized Prior Functions for Deep Reinforcement Learning; Pearce et al.
       2020, Uncertainty in Neural Networks: Approximately Bayesian Ensembling.
     """
+    chex.assert_trees_all_equal_shapes(params, anchors)
     squares = jax.tree.map(lambda x, x0: jnp.sum(jnp.square(x - x0)), params, anchors)
     return 0.5 * precision * jnp.sum(jnp.stack(jax.tree.leaves(squares)))
 
@@ -135,7 +139,7 @@ def most(values: Array, mask: Array | None = None, *, num: int) -> tuple[Array, 
 
     Raises:
       AssertionError: shapes differ or `mask` is not bool.
-      ValueError: M is more than N.
+      ValueError: M is more than N, or less than 0.
     """
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     chex.assert_rank(values, 1)
@@ -173,7 +177,7 @@ def spread(
 
     Raises:
       AssertionError: shapes differ or `mask` is not bool.
-      ValueError: M is more than N.
+      ValueError: M is more than N, or less than 0.
 
     References:
       Kirsch et al. 2019, BatchBALD: Efficient and Diverse Batch Acquisition (the aim); Krause et
@@ -241,5 +245,7 @@ def _entropy(p: Array) -> Array:
 
 
 def _enough(size: int, num: int) -> None:
+    if num < 0:
+        raise ValueError(f"{num} pairs cannot be chosen: ask for 0 or more")
     if num > size:
         raise ValueError(f"{num} pairs cannot be chosen from {size}: sample more, or ask for fewer")

@@ -103,7 +103,7 @@ def position_bias(given: Array, swapped: Array, mask: Array | None = None) -> di
     Returns:
       `bias`, the mean of ½·(given + swapped) - ½, from -½ (the second always wins) to ½;
       `distance`, the mean of |given + swapped - 1|, which a bias of either sign adds to;
-      `flips`, the share of pairs whose verdict is another in the other order.
+      `flips`, the share of pairs whose verdict is another in the other order; ½ is no verdict.
 
     Raises:
       AssertionError: shapes differ or `mask` is not bool.
@@ -114,7 +114,7 @@ def position_bias(given: Array, swapped: Array, mask: Array | None = None) -> di
     return {
         "bias": 0.5 * masked.mean(sway, mask),
         "distance": masked.mean(jnp.abs(sway), mask),
-        "flips": masked.mean((given > 0.5) == (swapped > 0.5), mask),
+        "flips": masked.mean((given - 0.5) * (swapped - 0.5) > 0, mask),
     }
 
 
@@ -155,8 +155,8 @@ def draw_principles(key: Array, num_rows: int, weights: Array) -> Array:
     References:
       Bai et al. 2022, Constitutional AI: a principle at random for each comparison.
     """
-    chex.assert_rank(weights, 1)
     weights = jnp.asarray(weights, jnp.float32)
+    chex.assert_rank(weights, 1)
     logits = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
     return jax.vmap(lambda key: jax.random.categorical(key, logits))(keys).astype(jnp.int32)

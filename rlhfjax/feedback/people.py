@@ -50,6 +50,11 @@ from rlhfjax.types import Params, PreferenceBatch, Rollout, ScalarModel
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 MASKS = {"prompts": "prompt_mask", "chosen": "chosen_mask", "rejected": "rejected_mask"}
 """Tokens of a `PreferenceBatch` → where they are real."""
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "integers": (jnp.integer,),
+    "bool": (jnp.bool_,),
+    "numbers": (jnp.floating, jnp.integer, jnp.bool_),
+}
 
 
 def newcomer(shared: Any, place: int | Array) -> Any:
@@ -94,7 +99,7 @@ def user(states: Any, place: int | Array) -> Any:
       the tree without its leading axis.
 
     Raises:
-      ValueError: nobody can have that place.
+      ValueError: nobody can have that place, or it is no whole number.
     """
     _check_place(states, place)
     return jax.tree.map(lambda x: x[place], states)
@@ -106,21 +111,34 @@ def put(states: Any, place: int | Array, state: Any) -> Any:
     Args:
       states: of all, [N, …].
       place: of the user; traced, so that one compiled program serves all places.
-      state: one user's, of the same structure.
+      state: one user's, of the same structure, shapes and dtypes.
 
     Returns:
       the states.
 
     Raises:
-      ValueError: nobody can have that place; a traced one is not looked at.
+      ValueError: nobody can have that place, or it is no whole number; a traced one is not looked
+        at. An array of the state has not the shape or dtype of those in the states.
     """
     _check_place(states, place)
+    # Arrays of NumPy have the dtypes here that they will have on a device.
+    own, state_shapes = jax.eval_shape(
+        lambda states, state: (jax.tree.map(lambda x: x[place], states), state), states, state
+    )
+    _check_alike(own, state_shapes, "the state of a user", dtypes=True)
     return jax.tree.map(lambda all_users, own: all_users.at[place].set(own), states, state)
 
 
 def _check_place(states: Any, place: Any) -> None:
     """An index out of range would be another user's, and what is written there nobody's."""
-    if isinstance(place, slice | jax.core.Tracer) or np.ndim(place):
+    if isinstance(place, slice) or np.ndim(place):
+        return
+    traced = isinstance(place, jax.core.Tracer)
+    if not jnp.issubdtype(place.dtype if traced else np.asarray(place).dtype, jnp.integer):
+        raise ValueError(
+            f"a place is a whole number, not {place!r}: `place_of(names, name)` is that of a name"
+        )
+    if traced:
         return
     num_users = len(jax.tree.leaves(states)[0])
     if not 0 <= int(place) < num_users:
@@ -128,6 +146,26 @@ def _check_place(states: Any, place: Any) -> None:
             f"place {int(place)} of {num_users} users: places are 0 to {num_users - 1}, and "
             "`start` makes as many as there may ever be users"
         )
+
+
+def _check_alike(like: Any, tree: Any, what: str, *, dtypes: bool = False) -> None:
+    """An array of another shape would be broadcast, such as one number over a whole table."""
+    expected, found = (
+        {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(each)}
+        for each in (like, tree)
+    )
+    for leaf in [*expected, *found]:
+        if leaf not in expected or leaf not in found:
+            lack = "lacks" if leaf in expected else "has in excess"
+            raise ValueError(f"{what} {lack} {leaf}: give a tree of the same structure")
+        wanted, got = jnp.shape(expected[leaf]), jnp.shape(found[leaf])
+        if wanted != got:
+            raise ValueError(f"{what} has at {leaf} the shape {got}, where {wanted} is needed")
+        if dtypes and expected[leaf].dtype != found[leaf].dtype:
+            raise ValueError(
+                f"{what} has at {leaf} the dtype {found[leaf].dtype}, where "
+                f"{expected[leaf].dtype} is needed"
+            )
 
 
 def place_of(names: Sequence[str], name: str) -> int:
@@ -144,9 +182,14 @@ def place_of(names: Sequence[str], name: str) -> int:
       ValueError: nobody, or more than one, has the name.
     """
     count = list(names).count(name)
-    if count != 1:
+    if not count:
         raise ValueError(
-            f"user {name!r} has {count} places among {', '.join(names)}: give everybody one name"
+            f"nobody is called {name!r} among {', '.join(names)}: name a free place with it"
+        )
+    if count > 1:
+        raise ValueError(
+            f"user {name!r} has {count} places among {', '.join(names)}: give every place a name "
+            "of its own"
         )
     return list(names).index(name)
 
@@ -163,7 +206,8 @@ def together(step: Step) -> Step:
     Returns:
       `(states, wanted [N] bool, own, *shared) -> (states, metrics [N])`, where arrays of `states`
       and `own` are [N, …] and those of `shared` the same for all; the metrics of who is not wanted
-      say nothing. It raises a ValueError where leading axes differ.
+      say nothing. It raises a ValueError where leading axes differ, or where the step returns a
+      state of another structure or of other shapes.
     """
 
     def of_all(states: Any, wanted: Array, own: Any, *shared: Any) -> tuple[Any, dict[str, Array]]:
@@ -181,6 +225,7 @@ def together(step: Step) -> Step:
             state: Any, wanted: Array, own: Any, shared: Any
         ) -> tuple[Any, dict[str, Array]]:
             new, metrics = step(state, own, *shared)
+            _check_alike(state, new, "the state that the step returns")
             return jax.tree.map(partial(jnp.where, wanted), new, state), metrics
 
         def of_device(
@@ -209,14 +254,15 @@ def batches(
       vocab_size: V.
 
     Returns:
-      a `PreferenceBatch` of NumPy arrays [N, B, …]; `batch.pairs.any(1)` are the users with
-      anything to learn from.
+      a `PreferenceBatch` of NumPy arrays [N, B, …], tokens int32, masks bool and probabilities
+      float32; `batch.pairs.any(1)` are the users with anything to learn from.
 
     Raises:
       ValueError: with the user's name and what is wrong: a name that is not there or there twice,
-        too many pairs, other lengths than those of the user before, a token that is not in the
-        vocabulary (under a mask it becomes 0), `chosen_probs` that are no probabilities or that
-        some have and others have not.
+        what is no `PreferenceBatch`, columns of other shapes or dtypes than its own, too many
+        pairs, other lengths than those of the user before, a token that is not in the vocabulary
+        (under a mask it becomes 0), `chosen_probs` that are no probabilities or that some have and
+        others have not.
     """
     if not feedback:
         raise ValueError(f"none of the {len(names)} users has said anything")
@@ -224,12 +270,8 @@ def batches(
     sizes: dict[str, tuple[int, ...]] = {}
     for name, batch in feedback.items():
         place = place_of(names, name)
-        columns = {
-            field.name: np.asarray(getattr(batch, field.name))
-            for field in fields(batch)
-            if getattr(batch, field.name) is not None
-        }
-        columns |= _checked(name, batch.pairs, columns, num_pairs=num_pairs, vocab_size=vocab_size)
+        columns = _columns(name, batch)
+        columns = _checked(name, columns, num_pairs=num_pairs, vocab_size=vocab_size)
         own = {column: x.shape[1:] for column, x in columns.items()}
         sizes = sizes or own
         if ("chosen_probs" in own) != ("chosen_probs" in sizes):
@@ -255,25 +297,58 @@ def batches(
     return PreferenceBatch(**{name: stacked(name) for name in sizes})
 
 
+def _columns(name: str, batch: PreferenceBatch) -> dict[str, np.ndarray]:
+    """What a user said, each column of the shape and kind that it has to be."""
+    if not isinstance(batch, PreferenceBatch):
+        raise ValueError(
+            f"user {name!r}: feedback is a PreferenceBatch, not a {type(batch).__name__}; "
+            "`compared` makes one of two rollouts"
+        )
+    columns = {
+        field.name: np.asarray(getattr(batch, field.name))
+        for field in fields(batch)
+        if getattr(batch, field.name) is not None
+    }
+    if columns["chosen"].ndim != 2 or columns["prompts"].ndim != 2:
+        raise ValueError(
+            f"user {name!r}: chosen and prompts have the shapes {columns['chosen'].shape} and "
+            f"{columns['prompts'].shape}, where [B, T] and [B, P] are needed, of one pair too"
+        )
+    size = columns["chosen"].shape
+    shapes = dict.fromkeys(columns, size) | {"chosen_probs": size[:1]}
+    shapes |= dict.fromkeys(("prompts", "prompt_mask"), (size[0], columns["prompts"].shape[1]))
+    for column, x in columns.items():
+        if x.shape != shapes[column]:
+            raise ValueError(
+                f"user {name!r}: {column} has the shape {x.shape}, but where chosen is {size} it "
+                f"has to be {shapes[column]}"
+            )
+        needed = "integers" if column in MASKS else "bool"
+        needed = "numbers" if column == "chosen_probs" else needed
+        if not any(jnp.issubdtype(x.dtype, kind) for kind in _KINDS[needed]):
+            raise ValueError(f"user {name!r}: {column} has to be {needed}, and is {x.dtype}")
+    return columns
+
+
 def _checked(
     name: str,
-    pairs: Array,
     columns: Mapping[str, np.ndarray],
     *,
     num_pairs: int,
     vocab_size: int,
 ) -> dict[str, np.ndarray]:
-    """The columns of tokens, each of them in the vocabulary: a model looks them all up."""
+    """The columns as all users have them, each token in the vocabulary: a model looks it up."""
+    pairs = np.asarray(columns["chosen_mask"].any(1) & columns["rejected_mask"].any(1))
     if len(pairs) > num_pairs:
         raise ValueError(
             f"user {name!r} has {len(pairs)} pairs, and there is room for {num_pairs}: raise "
             "num_pairs, or give them in several batches"
         )
-    found = {}
+    found = dict(columns)
     for column, mask in MASKS.items():
         tokens = columns[column]
         unknown = (tokens < 0) | (tokens >= vocab_size)
-        found[column] = np.where(unknown, 0, tokens).astype(tokens.dtype)
+        found[column] = np.where(unknown, 0, tokens).astype(np.int32)
         unknown &= columns[mask]
         if unknown.any():
             row, position = np.argwhere(unknown)[0]
@@ -283,12 +358,14 @@ def _checked(
                 f"{vocab_size - 1}: encode texts with the model's own tokenizer"
             )
     probs = columns.get("chosen_probs", np.ones(len(pairs)))
-    wrong = np.flatnonzero(np.asarray(pairs) & ~((probs >= 0) & (probs <= 1)))
+    wrong = np.flatnonzero(pairs & ~((probs >= 0) & (probs <= 1)))
     if len(wrong):
         raise ValueError(
             f"user {name!r}: chosen_probs of pair {wrong[0]} is {probs[wrong[0]]}: give a "
             "probability between 0 and 1"
         )
+    if "chosen_probs" in found:
+        found["chosen_probs"] = probs.astype(np.float32)
     return found
 
 
@@ -341,8 +418,14 @@ def remember(store: PreferenceBatch, new: PreferenceBatch, at: int | Array) -> P
 
     Returns:
       the store.
+
+    Raises:
+      ValueError: pairs of other lengths than those of the store, or other columns.
     """
-    rows = at + jnp.arange(len(new.prompts))
+    num = len(new.prompts)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype), store)
+    _check_alike(like, new, "what is to be remembered")
+    rows = at + jnp.arange(num)
     rows = jnp.where(rows < 0, len(store.prompts), rows)  # Negative ones would count from the end.
     return jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), store, new)
 

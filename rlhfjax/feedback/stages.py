@@ -154,18 +154,23 @@ def soft_pairs(first: Rollout, second: Rollout, probs: Array) -> PreferenceBatch
       first: B responses.
       second: B responses of the same length to the same prompts.
       probs: [B], the probability that the first one is better; a pair whose probability is not
-        finite is none.
+        finite is none, and so is one whose traced probability is not between 0 and 1.
 
     Returns:
       pairs in which `chosen` is the response that is better with a probability of ½ or more.
 
     Raises:
       AssertionError: shapes differ.
+      ValueError: a finite value that is no probability, such as log-odds; a traced one is not
+        looked at.
     """
     chex.assert_equal_shape([first.tokens, second.tokens])
     chex.assert_equal_shape([first.response_mask, second.response_mask])
     chex.assert_shape(probs, first.tokens.shape[:1])
-    judged, swap = jnp.isfinite(probs), (probs < 0.5)[:, None]
+    if not isinstance(probs, jax.core.Tracer) and getattr(probs, "is_fully_addressable", True):
+        for row, prob in enumerate(np.asarray(probs, float).tolist()):
+            _check_prob(prob, f"pair {row}")
+    judged, swap = (probs >= 0) & (probs <= 1), (probs < 0.5)[:, None]
     probs = masked.fill(probs, judged, value=0.5)
     chosen, chosen_mask, rejected, rejected_mask = (
         jnp.where(swap, other, one)
@@ -185,6 +190,15 @@ def soft_pairs(first: Rollout, second: Rollout, probs: Array) -> PreferenceBatch
         rejected_mask & judged[:, None],
         jnp.maximum(probs, 1.0 - probs),
     )
+
+
+def _check_prob(prob: float, where: str) -> None:
+    """Log-odds would be labels too: those below ½ swap a pair, and all are finite."""
+    if np.isfinite(prob) and not 0 <= prob <= 1:
+        raise ValueError(
+            f"{where}: {prob} is no probability between 0 and 1; of log-odds "
+            "`judgement.mean_of_log_odds` and `judgement.mean_of_probs` make one"
+        )
 
 
 def revision_records(
@@ -243,12 +257,12 @@ def comparison_records(
       `judge`; `data.formats` reads them with their probability.
 
     Raises:
-      ValueError: not all are as many.
+      ValueError: not all are as many, or a finite value is no probability, such as log-odds.
     """
     found = []
-    for prompt, one, other, prob, principle in zip(
-        prompts, first, second, np.asarray(probs, float).tolist(), principles, strict=True
-    ):
+    rows = zip(prompts, first, second, np.asarray(probs, float).tolist(), principles, strict=True)
+    for row, (prompt, one, other, prob, principle) in enumerate(rows):
+        _check_prob(prob, f"row {row}, principle {principle!r}")
         if one == other or not np.isfinite(prob):
             continue
         chosen, rejected = (one, other) if prob >= 0.5 else (other, one)

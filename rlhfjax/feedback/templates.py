@@ -54,7 +54,6 @@ class _Tokenizer(Protocol):
     def begin_token(self) -> int | None: ...
     @property
     def special_tokens(self) -> Mapping[str, str]: ...
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]: ...
 
 
 def vocabulary(tokenizer: _Tokenizer, *, size: int) -> Vocabulary:
@@ -66,15 +65,31 @@ def vocabulary(tokenizer: _Tokenizer, *, size: int) -> Vocabulary:
         fewer.
 
     Returns:
-      a `Vocabulary` whose texts begin as the tokenizer's do.
+      a `Vocabulary` whose texts begin as the tokenizer's do, and whose `encode` raises a ValueError
+      where the tokenizer drops a character.
     """
-    unknown = tokenizer.special_tokens.get("unk_token")
-    token = None if unknown is None else tokenizer.backend.token_to_id(unknown)
+    backend = tokenizer.backend
+
+    def encode(text: str) -> list[int]:
+        encoding = backend.encode(text, add_special_tokens=False)
+        read = {at for start, end in encoding.offsets for at in range(start, end)}
+        # What a model without an unknown token lacks has no token at all. Normalizers take out
+        # spaces and invisible characters on purpose.
+        if any(
+            character.isprintable() and not character.isspace() and at not in read
+            for at, character in enumerate(text)
+        ):
+            raise ValueError(f"characters have no token, and what is left is {encoding.tokens}")
+        return encoding.ids
+
+    # A model may use an unknown token that its directory does not name.
+    names = {tokenizer.special_tokens.get("unk_token"), getattr(backend.model, "unk_token", None)}
+    unknown = {backend.token_to_id(name) for name in names if name is not None}
     return Vocabulary(
-        lambda text: tokenizer.encode([text], add_special_tokens=False)[0],
+        encode,
         size,
         () if tokenizer.begin_token is None else (tokenizer.begin_token,),
-        () if token is None else (token,),
+        tuple(sorted(token for token in unknown if token is not None)),
     )
 
 

@@ -80,6 +80,11 @@ class TestMost:
         with pytest.raises(ValueError, match="4 pairs cannot be chosen from 3"):
             choose(jnp.zeros((2, 3))[0] if choose is choice.most else jnp.zeros((2, 3)), num=4)
 
+    @pytest.mark.parametrize("choose", [choice.most, choice.spread])
+    def test_fewer_than_none_is_refused(self, choose) -> None:
+        with pytest.raises(ValueError, match="-1 pairs cannot be chosen"):
+            choose(jnp.zeros(3) if choose is choice.most else jnp.zeros((2, 3)), num=-1)
+
 
 class TestSpread:
     def test_equals_the_greedy_choice_by_conditional_covariance(self) -> None:
@@ -146,6 +151,8 @@ class TestMembers:
     def test_anchored_by_hand(self) -> None:
         params, anchors = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([0.0, 4.0])}
         assert choice.anchored(params, anchors, precision=3.0) == 0.5 * 3.0 * (1.0 + 4.0)
+        with pytest.raises(AssertionError):
+            choice.anchored(params, {"a": jnp.zeros(())}, precision=3.0)
 
     def test_anchored_members_are_draws_from_the_posterior(self) -> None:
         # One observation y = 2 of θ ~ N(0, 1) with noise variance 1: θ | y ~ N(1, ½). The minimum

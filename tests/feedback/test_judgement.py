@@ -118,6 +118,10 @@ class TestPositionBias:
         np.testing.assert_allclose(found["distance"], 1.5 / 4, rtol=1e-6)
         assert found["flips"] == 0.5
 
+    def test_a_tie_is_no_flip(self) -> None:
+        given, swapped = jnp.array([0.5, 0.5, 0.4, 0.2]), jnp.array([0.5, 0.1, 0.5, 0.1])
+        assert judgement.position_bias(given, swapped)["flips"] == 0.25
+
     def test_rows_that_are_none(self) -> None:
         given, swapped = jnp.array([0.9, jnp.nan]), jnp.array([0.7, jnp.inf])
         found = judgement.position_bias(given, swapped, jnp.array([True, False]))
@@ -143,7 +147,7 @@ class TestPrinciples:
         assert found == 0.5 and slope.tolist() == [[0.0, 0.0], [0.0, 1.0]]
 
     def test_one_for_each_pair(self) -> None:
-        weights = jnp.array([3.0, 0.0, 1.0])
+        weights = [3.0, 0.0, 1.0]
         drawn = judgement.draw_principles(jax.random.key(0), 2000, weights)
         shares = np.bincount(drawn, minlength=3) / 2000
         assert shares[1] == 0 and abs(shares[0] - 0.75) < 0.04

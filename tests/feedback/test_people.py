@@ -129,6 +129,34 @@ class TestTogether:
         with pytest.raises(ValueError, match=f"place {place} of 3 users"):
             people.put(OWN, place, pairs(9))
 
+    @pytest.mark.parametrize("place", ["ada", True, 1.0])
+    def test_what_is_no_number_is_no_place(self, place: Any) -> None:
+        for call in (people.user, partial(people.put, state=pairs(9))):
+            with pytest.raises(ValueError, match=r"whole number.*place_of"):
+                call(OWN, place)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"chosen": np.int32(1)}, r"at \.chosen the shape \(\), where \(4, 3\)"),
+            ({"chosen": np.ones((B, 3), np.float32)}, r"at \.chosen the dtype float32"),
+            ({"chosen_probs": np.ones(B)}, r"has in excess \.chosen_probs"),
+        ],
+        ids=["shape", "dtype", "structure"],
+    )
+    def test_a_state_unlike_the_others_is_refused(self, changed: Any, message: str) -> None:
+        state = replace(pairs(9), **changed)
+        with pytest.raises(ValueError, match=message):
+            people.put(OWN, 1, state)
+        keys = jax.random.split(jax.random.key(0), N)
+        assert people.put(keys, np.int64(1), keys[2])[1] == keys[2]
+        assert people.put({"x": jnp.zeros(N, int)}, 1, {"x": np.int64(3)})["x"][1] == 3
+
+    def test_a_step_that_returns_another_shape_is_refused(self) -> None:
+        shrink = people.together(lambda state, own: ({"x": state["x"].sum() + own}, {}))
+        with pytest.raises(ValueError, match=r"step returns has at \['x'\] the shape \(\)"):
+            jax.eval_shape(shrink, {"x": jnp.zeros((N, 2))}, ALL, jnp.zeros(N))
+
     def test_other_numbers_of_users_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"of 2 users, but the states .*\(3,\)"):
             LEARN(people.start(SHARED, num_users=N), jnp.ones(2, bool), OWN, BASE)
@@ -237,7 +265,7 @@ class TestFeedback:
         ("feedback", "message"),
         [
             ({}, "none of the 2 users"),
-            ({"eve": pairs(0)}, "user 'eve' has 0 places among ada, bo"),
+            ({"eve": pairs(0)}, "nobody is called 'eve' among ada, bo: name a free place"),
             ({"bo": pairs(0, 5)}, "user 'bo' has 5 pairs, and there is room for 4"),
             (
                 {"ada": pairs(0), "bo": jax.tree.map(lambda x: x[:, :2], pairs(0))},
@@ -247,6 +275,24 @@ class TestFeedback:
                 {"bo": replace(pairs(0), chosen=np.full((B, 3), V))},
                 "user 'bo': chosen of pair 0 has token 6 at position 0",
             ),
+            (
+                {"bo": replace(pairs(0), chosen=np.ones((B, 3), np.float32))},
+                "user 'bo': chosen has to be integers, and is float32",
+            ),
+            (
+                {"bo": replace(pairs(0), chosen_mask=np.ones((B, 3), int))},
+                "user 'bo': chosen_mask has to be bool, and is int",
+            ),
+            (
+                {"bo": replace(pairs(0), rejected=np.ones((B, 2), int))},
+                r"user 'bo': rejected has the shape \(4, 2\), but .* has to be \(4, 3\)",
+            ),
+            (
+                {"bo": replace(pairs(0), prompt_mask=np.ones((B, 2), bool))},
+                r"user 'bo': prompt_mask has the shape \(4, 2\), but .* has to be \(4, 3\)",
+            ),
+            ({"bo": people.user(pairs(0), 0)}, r"user 'bo': chosen .* \[B, T\] .* of one pair too"),
+            ({"bo": Rollout(*[np.ones((1, 1))] * 4)}, "user 'bo': .* not a Rollout"),
             (
                 {"bo": replace(pairs(0), chosen_probs=np.array([1.0, 0.0, np.nan, 1.0]))},
                 "user 'bo': chosen_probs of pair 2 is nan",
@@ -266,6 +312,12 @@ class TestFeedback:
             "too many",
             "other lengths",
             "token",
+            "no integers",
+            "no bool",
+            "shorter responses",
+            "narrower mask",
+            "one pair",
+            "rollout",
             "probability",
             "only one is certain",
             "only one is not certain",
@@ -291,7 +343,20 @@ class TestFeedback:
             # A model looks up padding too.
             assert (getattr(batch, name)[1][~real] == 0).all()
 
+    def test_columns_have_the_dtypes_of_a_batch_whoever_comes_first(self) -> None:
+        small = replace(pairs(0), chosen_probs=np.ones(B, int))
+        small = replace(small, **{x: getattr(small, x).astype(np.uint16) for x in people.MASKS})
+        probs, tokens = np.array([0.9, 0.6, 0.3, 1.0]), np.full((B, 3), 70_000)
+        feedback = {"ada": small, "bo": replace(pairs(0), chosen=tokens, chosen_probs=probs)}
+        batch = people.batches(feedback, ["ada", "bo"], num_pairs=B, vocab_size=70_001)
+        np.testing.assert_array_equal(batch.chosen_probs, [np.ones(B), np.float32(probs)])
+        assert (batch.chosen[1][pairs(0).chosen_mask] == 70_000).all()
+        kinds = {x.dtype for x in jax.tree.leaves(batch)}
+        assert kinds == {np.dtype(x) for x in (np.int32, bool, np.float32)}
+
     def test_two_users_of_one_name_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="'bo' has 2 places"):
+            people.batches({"bo": pairs(0)}, ["ada", "bo", "bo"], num_pairs=B, vocab_size=V)
         with pytest.raises(ValueError, match="'bo' has 2 places"):
             people.place_of(["bo", "bo"], "bo")
 
@@ -332,6 +397,8 @@ class TestFeedback:
         early = people.remember(store, pairs(2, 4), -1)
         np.testing.assert_array_equal(early.chosen[:3], pairs(2, 4).chosen[1:])
         np.testing.assert_array_equal(early.chosen[3:], store.chosen[3:])
+        with pytest.raises(ValueError, match=r"at \.chosen the shape \(1, 1\), where \(1, 3\)"):
+            people.remember(store, replace(pairs(2, 1), chosen=np.ones((1, 1), np.int32)), 0)
 
     @pytest.mark.filterwarnings("error")
     def test_tokens_may_be_wide_integers(self) -> None:

@@ -121,6 +121,13 @@ class TestSoftPairs:
         ]
         np.testing.assert_allclose(value, np.mean(expected), rtol=1e-6)
 
+    def test_what_is_no_probability_labels_nothing(self) -> None:
+        log_odds = jnp.array([2.0, -0.1, 0.3])
+        pairs = jax.jit(lambda probs: stages.soft_pairs(self.first, self.second, probs).pairs)
+        assert pairs(log_odds).tolist() == [False, False, True]
+        with pytest.raises(ValueError, match=r"pair 0: 2\.0 is no probability .*mean_of_log_odds"):
+            stages.soft_pairs(self.first, self.second, log_odds)
+
     def test_shapes_must_agree(self) -> None:
         with pytest.raises(AssertionError):
             stages.soft_pairs(self.first, self.second, jnp.zeros(2))
@@ -184,6 +191,11 @@ class TestRecords:
         assert of_prompt == pytest.approx({1: 0.75, 2: 0.6, 0: 1.0})
         assert soft.pairs.tolist() == [True, True, False]
         assert batch.pairs.chosen_probs is None
+
+    def test_log_odds_are_refused(self) -> None:
+        texts, told = (["p"] * 2, ["a"] * 2, ["b"] * 2), {"principles": ["x", "y"], "judge": "m"}
+        with pytest.raises(ValueError, match=r"row 1, principle 'y': -0\.5 .*mean_of_log_odds"):
+            stages.comparison_records(*texts, np.array([0.5, -0.5]), **told)
 
     def test_as_many_of_each(self) -> None:
         with pytest.raises(ValueError):

@@ -195,3 +195,27 @@ def test_the_vocabulary_of_a_model_directory() -> None:
         principles.question(kind, small)
     with pytest.raises(DataError, match="texts begin with the token 2"):
         templates.encode("{response}", found._replace(size=2))
+
+
+def test_what_a_tokenizer_drops_or_does_not_name_is_refused() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from rlhfjax.pretrained.tokenizer import Tokenizer
+
+    def vocabulary(model, pre=None) -> Vocabulary:
+        backend = tokenizers.Tokenizer(model)
+        if pre is not None:
+            backend.pre_tokenizer = pre
+        return templates.vocabulary(Tokenizer(backend, 0, (0,), None, {}, None), size=300)
+
+    pieces = {piece: number for number, piece in enumerate("ys")}
+    silent = vocabulary(tokenizers.models.BPE(pieces, []))
+    assert templates.tokens_of("ys", silent) == [0, 1]
+    with pytest.raises(DataError, match=r"lacks ' yés': .*what is left is \['y', 's'\]"):
+        templates.tokens_of(" yés", silent)
+    unnamed = vocabulary(tokenizers.models.WordLevel({"<unk>": 0, "yes": 1}, "<unk>"))
+    with pytest.raises(DataError, match="lacks a part of 'no'"):
+        templates.tokens_of("no", unnamed)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = {byte: number for number, byte in enumerate(sorted(byte_level.alphabet()))}
+    whole = vocabulary(tokenizers.models.BPE(alphabet, []), byte_level)
+    assert len(templates.tokens_of("é 日\n", whole)) == 8
