@@ -1,6 +1,7 @@
 """Learning from principles at toy size: all that it leaves behind, and the same when it goes on."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,8 +85,10 @@ class TestRun:
         assert stages.count("ppo_warm") == stages.count("ppo_cold") == 2
 
     def test_it_goes_on_to_the_same_end(self, run: Done) -> None:
-        """What lies between the stages is done again, with the same keys."""
+        """The rest of a stage, and what lies between the stages with the same keys."""
         log = (run.out / "metrics.jsonl").read_text(encoding="utf-8")
+        steps = (run.out / "checkpoints" / "ppo_cold").glob("[0-9]*")
+        shutil.rmtree(max(steps, key=lambda path: int(path.name)))
         (run.out / "revisions_cold.jsonl").rename(run.out / "before.jsonl")
         again = main(replace(TINY, out=run.out, resume=True))
         for name, number in run.summary.items():
