@@ -19,7 +19,6 @@ Constitutional AI: Harmlessness from AI Feedback.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,11 +47,24 @@ from rlhfjax.cli import plots
 from rlhfjax.cli.run import Run, Trained
 from rlhfjax.cli.samples import write_samples
 from rlhfjax.cli.timing import Clock
-from rlhfjax.data.batches import Padded, bucket_batches, bucket_lengths, left_pad, right_pad
+from rlhfjax.data.batches import (
+    Padded,
+    bucket_batches,
+    bucket_lengths,
+    draw,
+    left_pad,
+    right_pad,
+)
 from rlhfjax.data.cursor import batches_from
 from rlhfjax.data.generated import generated_corpus
 from rlhfjax.data.preferences import pair_by_label
-from rlhfjax.data.text import DataError, LabelledText, read_labelled, split_by_hash
+from rlhfjax.data.text import (
+    DataError,
+    LabelledText,
+    fingerprint,
+    read_labelled,
+    split_by_hash,
+)
 from rlhfjax.feedback import judgement, principles, stages, templates
 from rlhfjax.feedback.principles import Principle
 from rlhfjax.feedback.templates import Field, Vocabulary
@@ -165,13 +177,12 @@ def main(args: Args) -> dict[str, Any]:
             f"divide --prompts {args.prompts}"
         )
     texts = read_labelled(args.data) if args.data else generated_corpus(args.texts, args.seed)
-    fingerprint = hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
     mesh = sharding.mesh()
     options: dict[str, Any] = {"may_change": MAY_CHANGE, "resume": args.resume}
     with (
         jax.set_mesh(mesh),
         Run(
-            args.out, dataclasses.asdict(args), mesh=mesh, fingerprint=fingerprint, **options
+            args.out, dataclasses.asdict(args), mesh=mesh, fingerprint=fingerprint(texts), **options
         ) as run,
     ):
         return story(args, texts, run)
@@ -190,7 +201,7 @@ def story(args: Args, texts: list[LabelledText], run: Run) -> dict[str, Any]:
     its = Machine(args, codec, principles.read(args.out / "principles.yaml"), run)
     gold = bag_of_words(splits["train_b"])
     prompts = {name: codec.prompts(splits[name]) for name in ("validation", "test")}
-    asked = draw(prompts["validation"], args.pairs, 0, args.seed)
+    asked = draw(prompts["validation"], args.pairs, iteration=0, seed=args.seed)
 
     # 1. The policy learns to write, and a copy of it from half of the texts to judge and to revise.
     with clock("sft"):
@@ -754,7 +765,7 @@ def train_policy(
 
     def epoch(_: int, start: int) -> Iterator[Padded]:
         for iteration in range(start, args.iterations):
-            yield draw(prompts, args.prompts, iteration, args.seed)
+            yield draw(prompts, args.prompts, iteration=iteration, seed=args.seed)
 
     def start(policy: Params, reward: Params, key: Array) -> ppo.State:
         params = {"policy": policy, "value": reward}
@@ -766,15 +777,6 @@ def train_policy(
         show={"score": "objective/scores", "gold": "gold/positive_rate", "kl": "objective/kl"},
         first=0,
     )  # fmt: skip
-
-
-def draw(prompts: Padded, number: int, iteration: int, seed: int) -> Padded:
-    """The prompts of an iteration: all of them once, in random order, then again in another."""
-    total = len(prompts.tokens)
-    places = np.arange(iteration * number, (iteration + 1) * number)
-    passes = {n: np.random.default_rng([seed, n]).permutation(total) for n in set(places // total)}
-    rows = np.array([passes[place // total][place % total] for place in places])
-    return Padded(prompts.tokens[rows], prompts.mask[rows])
 
 
 def picture(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -23,7 +23,6 @@ with `--resume`, to the same end.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -53,7 +52,7 @@ from rlhfjax.cli.samples import write_samples
 from rlhfjax.cli.timing import Clock
 from rlhfjax.data.batches import Padded, right_pad
 from rlhfjax.data.cursor import batches_from
-from rlhfjax.data.text import DataError, LabelledText, read_labelled
+from rlhfjax.data.text import DataError, LabelledText, fingerprint, read_labelled
 from rlhfjax.feedback import choice, people
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.losses import reward
@@ -129,13 +128,12 @@ def main(args: Args) -> dict[str, Any]:
     check(args)
     clock = Clock()
     texts = read_labelled(args.data) if args.data else generated(args.texts, args.seed)
-    told = hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
     mesh = sharding.mesh()
     with (
         jax.set_mesh(mesh),
         Run(
             args.out, dataclasses.asdict(args), may_change=("data", "out", "resume", "timed"),
-            mesh=mesh, resume=args.resume, fingerprint=told,
+            mesh=mesh, resume=args.resume, fingerprint=fingerprint(texts),
         ) as run,
     ):  # fmt: skip
         return story(args, texts, run, clock)

@@ -14,7 +14,6 @@ when they are started together (docs/scaling.md).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,13 +47,20 @@ from rlhfjax.data.batches import (
     bucket_batches,
     bucket_lengths,
     bucket_pair_batches,
+    draw,
     left_pad,
     right_pad,
 )
 from rlhfjax.data.cursor import batches_from
 from rlhfjax.data.generated import generated_corpus
 from rlhfjax.data.preferences import pair_by_label
-from rlhfjax.data.text import DataError, LabelledText, read_labelled, split_by_hash
+from rlhfjax.data.text import (
+    DataError,
+    LabelledText,
+    fingerprint,
+    read_labelled,
+    split_by_hash,
+)
 from rlhfjax.log_probs import response_log_probs
 from rlhfjax.types import LanguageModel, Params, PreferenceBatch, Rollout, ScalarModel
 
@@ -369,11 +375,6 @@ def check(args: Args) -> None:
             f"--ppo.minibatches {args.ppo.minibatches} of groups of {group} do not divide "
             f"--ppo.prompts {args.ppo.prompts}"
         )
-
-
-def fingerprint(texts: Sequence[LabelledText]) -> str:
-    """What tells one corpus from another."""
-    return hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
 
 
 def split(texts: Sequence[LabelledText]) -> dict[str, list[LabelledText]]:
@@ -781,7 +782,7 @@ def train_on_samples(
     def epoch(_: int, start: int) -> Iterator[Padded]:
         size = algorithm.num_prompts // count
         for iteration in range(start, args.ppo.iterations):
-            batch = draw(prompts, algorithm.num_prompts, iteration, args.seed)
+            batch = draw(prompts, algorithm.num_prompts, iteration=iteration, seed=args.seed)
             yield Padded(*(x[index * size : (index + 1) * size] for x in batch))
 
     return run.train(
@@ -832,15 +833,6 @@ def train_dpo(
         save_every=settings.save_every,
         show={"loss": "loss", "accuracy": "rewards/accuracies"},
     )
-
-
-def draw(prompts: Padded, number: int, iteration: int, seed: int) -> Padded:
-    """The prompts of an iteration: all of them once, in random order, then again in another."""
-    total = len(prompts.tokens)
-    places = np.arange(iteration * number, (iteration + 1) * number)
-    passes = {n: np.random.default_rng([seed, n]).permutation(total) for n in set(places // total)}
-    rows = np.array([passes[place // total][place % total] for place in places])
-    return Padded(prompts.tokens[rows], prompts.mask[rows])
 
 
 if __name__ == "__main__":

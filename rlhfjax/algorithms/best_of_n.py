@@ -85,8 +85,7 @@ def make_step(
 
     Args:
       model: the policy.
-      reward: `(reward_params, rollout) -> scores [N·G]`, pure, or rewards of
-        tokens, [N·G, T].
+      reward: `(reward_params, rollout) -> scores [N·G]`, or [N·G, T] of tokens; pure.
       config: what is static.
 
     Returns:

@@ -184,8 +184,7 @@ def makers(
 
         Args:
           model: what is trained: a `LanguageModel`, or PPO's `ActorCritic`.
-          reward: `(reward_params, rollout) -> scores [B]`, pure, or rewards of
-            tokens, [B, T].
+          reward: `(reward_params, rollout) -> scores [B]`, or [B, T] of tokens; pure.
           optimizer: any optax optimiser; one update a minibatch.
           config: what is static.
 

@@ -272,6 +272,28 @@ def bucket_pair_batches(
     return (PaddedPair(fill(chosen, slot), fill(rejected, slot)) for slot in slots[start:])
 
 
+def draw(prompts: Padded, num_rows: int, *, iteration: int, seed: int) -> Padded:
+    """The prompts of an iteration: all of them once, in random order, then again in another.
+
+    Args:
+      prompts: N of them.
+      num_rows: of an iteration; more than N take some twice.
+      iteration: from 0; a resumed run asks for any.
+      seed: decides the orders.
+
+    Returns:
+      `num_rows` rows.
+    """
+    total = len(prompts.tokens)
+    places = np.arange(iteration * num_rows, (iteration + 1) * num_rows)
+    orders = {
+        number: np.random.default_rng([seed, number]).permutation(total)
+        for number in set((places // total).tolist())
+    }
+    rows = np.array([orders[place // total][place % total] for place in places])
+    return Padded(prompts.tokens[rows], prompts.mask[rows])
+
+
 def rows_of_part(batch_size: int, part: tuple[int, int]) -> slice:
     """The rows of a batch that are one of several equal parts.
 

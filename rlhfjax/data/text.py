@@ -72,6 +72,18 @@ def _read_lines(file: Path) -> list[str]:
     return lines
 
 
+def fingerprint(texts: Iterable[LabelledText]) -> str:
+    """What tells one corpus from another.
+
+    Args:
+      texts: in their order.
+
+    Returns:
+      a SHA-256 in hexadecimal.
+    """
+    return hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
+
+
 def split_by_hash(
     texts: Iterable[LabelledText], fractions: Mapping[str, float], *, salt: str = ""
 ) -> dict[str, list[LabelledText]]:

@@ -60,6 +60,25 @@ def test_the_highest_score_is_selected(scores: list[float], best: int) -> None:
     np.testing.assert_array_equal(selected["pair"][:, 0], 2 * selected["number"])
 
 
+def test_rewards_of_tokens_are_summed() -> None:
+    def of_tokens(weight: Any, samples: Rollout) -> jax.Array:
+        whole = sum_of_tokens(weight, samples)
+        return (
+            jnp.where(samples.response_mask, weight * samples.responses, jnp.nan)
+            .at[:, 0]
+            .add(
+                0.0 * whole  # NaN where there is no score
+            )
+        )
+
+    _, best, metrics = best_of_n.make_step(MODEL, of_tokens, CONFIG)(
+        start(), PROMPTS, MASK, jnp.float32(1.0), HYPER
+    )
+    _, expected, measured = advance(start())
+    assert_same(best, expected)
+    assert metrics == measured
+
+
 def test_a_step_gives_the_best_response_to_each_prompt() -> None:
     state, best, metrics = advance(start())
     samples = SAMPLE(start(), PROMPTS, MASK, HYPER)

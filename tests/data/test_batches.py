@@ -225,3 +225,13 @@ class TestGoingOn:
     def test_parts_that_do_not_divide_a_batch_are_refused(self) -> None:
         with pytest.raises(ValueError, match="4 rows does not divide into 3 parts"):
             bucket_batches(self.SEQUENCES, **self.SIZES, part=(0, 3))
+
+
+def test_prompts_come_once_before_any_comes_again() -> None:
+    prompts = batches.Padded(np.arange(5)[:, None], np.ones((5, 1), bool))
+    found = np.concatenate(
+        [batches.draw(prompts, 3, iteration=i, seed=1).tokens[:, 0] for i in range(5)]
+    )
+    assert sorted(found) == sorted([*range(5)] * 3)
+    for start in range(0, 15, 5):
+        assert sorted(found[start : start + 5]) == list(range(5))

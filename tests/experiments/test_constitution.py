@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from experiments.constitution import Args, Padded, draw, main
+from experiments.constitution import Args, main
 from rlhfjax.data import formats, records
 from rlhfjax.feedback import principles
 
@@ -104,11 +104,3 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, int]
     with pytest.raises(ValueError, match="must divide"):
         main(replace(TINY, out=tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
-
-
-def test_prompts_come_once_before_any_comes_again() -> None:
-    prompts = Padded(np.arange(5)[:, None], np.ones((5, 1), bool))
-    found = np.concatenate([draw(prompts, 3, i, seed=1).tokens[:, 0] for i in range(5)])
-    assert sorted(found) == sorted([*range(5)] * 3)
-    for start in range(0, 15, 5):
-        assert sorted(found[start : start + 5]) == list(range(5))
