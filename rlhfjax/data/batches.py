@@ -285,10 +285,10 @@ def draw(prompts: Padded, num_rows: int, *, iteration: int, seed: int) -> Padded
       `num_rows` rows.
     """
     total = len(prompts.tokens)
-    places = np.arange(iteration * num_rows, (iteration + 1) * num_rows)
+    places = range(iteration * num_rows, (iteration + 1) * num_rows)
     orders = {
         number: np.random.default_rng([seed, number]).permutation(total)
-        for number in set((places // total).tolist())
+        for number in {place // total for place in places}
     }
     rows = np.array([orders[place // total][place % total] for place in places])
     return Padded(prompts.tokens[rows], prompts.mask[rows])
